@@ -1,0 +1,1 @@
+from llama_worker._version import __version__ as __version__

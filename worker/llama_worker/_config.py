@@ -1,0 +1,89 @@
+"""How a model is opened (ModelConfig) and how its worker behaves (WorkerConfig).
+
+Both are frozen, hashable and validated once, here. Names and defaults follow llama.cpp unless said.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from llama_worker._errors import ConfigError, LlamaWorkerError
+
+KVType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"]
+Pooling: TypeAlias = Literal["model", "mean", "cls", "last"]
+
+
+class Settings(BaseModel):
+    """A frozen pydantic model whose validation errors are ours: they name the field and the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    error_type: ClassVar[type[LlamaWorkerError]] = ConfigError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_typed(cls, value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as invalid:
+            error = _typed(cls, invalid)
+        raise error
+
+
+def _typed(cls: type[Settings], invalid: ValidationError) -> LlamaWorkerError:
+    first = invalid.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"][:1]) or cls.__name__
+    reason = first["msg"]
+    if first["type"] == "extra_forbidden":
+        reason = f"unknown; the fields are {', '.join(cls.model_fields)}"
+    return cls.error_type(field, first["input"], reason)  # type: ignore[call-arg, arg-type]
+
+
+class ModelConfig(Settings):
+    """Which model, and with what context.
+
+    `model`: a path to a GGUF file, or `demo://smollm2-135m-instruct` / `demo://all-minilm-l6-v2`.
+    `n_ctx`: tokens that one request may use, prompt and completion; 0 means the trained context.
+    `n_parallel`: sequences decoded at once. `n_kv_cells`: tokens that all sequences share (default: n_ctx).
+    `n_threads`: CPU threads (default: physical cores that this process may use).
+    `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
+    `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
+    `chat_template`: Jinja text that replaces the model's own.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    n_ctx: Annotated[int, Field(ge=0, le=2**24)] = 4096
+    n_parallel: Annotated[int, Field(ge=1, le=256)] = 4
+    n_kv_cells: Annotated[int | None, Field(ge=1, le=2**26)] = None
+    n_batch: Annotated[int, Field(ge=32, le=2**16)] = 2048
+    n_ubatch: Annotated[int, Field(ge=1, le=2**16)] = 512
+    n_threads: Annotated[int | None, Field(ge=1, le=512)] = None
+    n_threads_batch: Annotated[int | None, Field(ge=1, le=512)] = None
+    n_gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] = -1
+    main_gpu: Annotated[int, Field(ge=0, le=255)] = 0
+    split_mode: Literal["none", "layer", "row"] = "layer"
+    tensor_split: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
+    type_k: KVType = "f16"
+    type_v: KVType = "f16"
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    load_mode: Literal["auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"] = "auto"
+    swa_full: bool = True
+    offload_kqv: bool = True
+    rope_freq_base: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    pooling: Pooling = "model"
+    chat_template: str | None = None
+
+
+class WorkerConfig(Settings):
+    """How the worker treats its callers.
+
+    `queue_size`: requests that may wait in the channel. `on_full`: "wait" blocks the caller (or awaits)
+    until there is room, "reject" raises QueueFull at once. `step_budget_ms`: how long one step may take
+    while somebody is decoding; longer prompts are prefilled in chunks of about this time.
+    """
+
+    queue_size: Annotated[int, Field(ge=1, le=100_000)] = 8
+    on_full: Literal["wait", "reject"] = "wait"
+    step_budget_ms: Annotated[float, Field(ge=1, le=60_000, allow_inf_nan=False)] = 100.0

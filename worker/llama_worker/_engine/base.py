@@ -1,0 +1,220 @@
+"""What the worker's loop needs of an engine, and what it may know of a model.
+
+An Engine is one loaded model and its contexts. Every method of an Engine and of its Samplers must be
+called by the thread that loaded it; only `AbortFlag.raise_` may be called from anywhere. A Vocabulary is
+a handle of its own that any thread may use and that outlives the weights.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_worker._config import ModelConfig
+from llama_worker._requests import SamplingParams
+
+TokenIds: TypeAlias = NDArray[np.int32]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a GGUF header says of a model; read in milliseconds, without loading tensors.
+
+    `name` is the file's stem, never a path. `size` is in bytes. `digest` identifies the file's content
+    (header, tensor layout, size). `n_ctx_train` and the sizes below are 0 where the header is silent.
+    """
+
+    name: str
+    path: str
+    architecture: str
+    size: int
+    n_params: int
+    n_vocab: int
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    chat_template: str | None
+    pooling: str | None
+    is_recurrent: bool
+    is_hybrid: bool
+    n_swa: int
+    is_embedding: bool
+    digest: str
+
+
+class DecodeStatus(enum.IntEnum):
+    """The return code of llama_decode."""
+
+    OK = 0
+    KV_FULL = 1
+    ABORTED = 2
+    INVALID = -1
+    ALLOC_FAILED = -2
+    COMPUTE_FAILED = -3
+
+
+class Span(NamedTuple):
+    """Consecutive rows of one sequence: `tokens` at positions `start`, `start`+1, …
+
+    With `output` the last row's logits are computed.
+    """
+
+    seq: int
+    start: int
+    tokens: TokenIds
+    output: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What the loaded context offers, read back from it after creation.
+
+    `n_ctx` cells in all, `n_batch` rows a call, `n_seq` sequences (seq ids 0 … n_seq-1).
+    `can_trim`: a sequence's tail can be removed (not so for recurrent and hybrid models).
+    `can_share`: `seq_share` of a prefix works and costs no memory.
+    `generates` / `embeds`: which of the two kinds of request the model can serve.
+    """
+
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_seq: int
+    n_vocab: int
+    n_embd: int
+    can_trim: bool
+    can_share: bool
+    generates: bool
+    embeds: bool
+    n_embed_tokens: int
+    n_embed_seq: int
+
+
+class AbortFlag(Protocol):
+    """The switch that ends a running decode. `raise_` may be called from any thread and never blocks."""
+
+    def raise_(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+class Sampler(Protocol):
+    """A sampler chain with its state (penalties, RNG). Belongs to one generation."""
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """One loaded model. See the module for the thread rule."""
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    @property
+    def abort_flag(self) -> AbortFlag: ...
+
+    def decode(self, spans: Sequence[Span]) -> DecodeStatus:
+        """Compute the rows of `spans`, in order. Blocks. Rows are numbered through all spans from 0.
+
+        Raises ValueError, before anything is touched, for what would abort the process: too many rows
+        or outputs, a sequence or token id out of range, positions that do not continue the sequence.
+        ABORTED and failures may leave a part of the rows in the KV cache: ask `seq_end`.
+        """
+        ...
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        """Sample and accept the next token from the logits of `row` of the last decode.
+
+        Raises ValueError when that row has no logits, or the last decode did not return OK.
+        """
+        ...
+
+    def logits(self, row: int) -> Floats:
+        """The logits of `row`, float32 of shape (n_vocab,): a view, valid until the next decode."""
+        ...
+
+    def new_sampler(self, params: SamplingParams, history: TokenIds) -> Sampler:
+        """A fresh chain that has accepted `history` (for penalties). Raises InvalidRequestError."""
+        ...
+
+    def seq_end(self, seq: int) -> int:
+        """How many tokens `seq` holds: one past its last position."""
+        ...
+
+    def seq_trim(self, seq: int, length: int) -> bool:
+        """Keep the first `length` tokens. False where the model cannot; then nothing was changed."""
+        ...
+
+    def seq_clear(self, seq: int) -> None:
+        """Forget the sequence. Always works."""
+        ...
+
+    def seq_share(self, source: int, target: int, length: int) -> None:
+        """Let the empty `target` hold the first `length` tokens of `source`. Needs `can_share`."""
+        ...
+
+    def embed(self, texts: Sequence[TokenIds]) -> Floats:
+        """Pooled embeddings of `texts`, float32 of shape (len(texts), n_embd), not normalised. Blocks.
+
+        Raises ValueError for more than n_embed_seq texts or n_embed_tokens tokens together, or an
+        empty text; GenerationError when the engine fails or is aborted.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything in the order that llama.cpp needs. Idempotent."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """The tokens of a model. Every thread may use it; no call waits for a generation."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """The text of each token as bytes, index = id; control tokens have their text too."""
+        ...
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The ids that end a generation."""
+        ...
+
+    @property
+    def control_texts(self) -> Sequence[str]:
+        """The texts that `parse_special` would turn into control tokens, longest first."""
+        ...
+
+    @property
+    def bos_text(self) -> str: ...
+
+    @property
+    def eos_text(self) -> str: ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
+        """Text to ids. `add_special`: with BOS/EOS as the model wants. `parse_special`: control
+        tokens written in the text become control tokens. Raises InvalidRequestError for text that is
+        no valid Unicode."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """What a loader hands over. `template` is the Jinja source, or None where the model has none."""
+
+    engine: Engine
+    vocabulary: Vocabulary
+    info: ModelInfo
+
+
+Loader: TypeAlias = Callable[[ModelConfig], LoadedModel]
+"""Loads a model; called on the worker thread. Raises ModelLoadError."""

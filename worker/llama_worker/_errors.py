@@ -1,0 +1,169 @@
+"""What can go wrong, arranged by who must act.
+
+LlamaWorkerError
+├── ConfigError                 mend the configuration; nothing was started
+├── EngineVersionError          install a llama-cpp-python that this package knows
+├── ModelLoadError              the model could not be loaded; says whether another still serves
+│   ├── ModelNotFoundError      there is no such file or package
+│   └── InsufficientMemoryError it would not fit; carries the arithmetic
+├── RequestError                mend the request; the same request fails again
+│   ├── InvalidRequestError     a field has a value that cannot work
+│   ├── ContextOverflowError    the tokens do not fit into n_ctx
+│   ├── TemplateError           the chat template refused the messages
+│   └── UnsupportedFeatureError the loaded model cannot do this
+├── QueueFull                   try later
+├── DeadlineExceeded            it took longer than the caller allowed
+├── GenerationCancelled         the caller cancelled; raised by the non-streaming calls only
+├── GenerationError             the engine failed this request; the worker serves on
+└── WorkerClosed                the worker was closed; open another
+    └── WorkerDied              it broke; `__cause__` is the original exception
+
+Messages name the field, the value and the way out. They never carry prompt or reply text, only lengths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_worker._events import Reply
+
+
+class LlamaWorkerError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors with keyword-only fields would not survive pickling by their args alone.
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuild(cls: type[LlamaWorkerError], args: tuple[Any, ...], state: dict[str, Any]) -> LlamaWorkerError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as an error may show it: short, and for long text only its length."""
+    text = repr(value)
+    return text if len(text) <= limit else f"<{type(value).__name__}, {len(text)} characters>"
+
+
+class _FieldError(LlamaWorkerError):
+    """`field` holds `value`, which cannot work because of `reason`."""
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        super().__init__(f"{field}={shown(value)}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class ConfigError(_FieldError):
+    """A configuration field has a value that cannot work. Raised before any thread starts."""
+
+
+class EngineVersionError(LlamaWorkerError):
+    """The installed llama-cpp-python differs from what this package was verified against."""
+
+
+class ModelLoadError(LlamaWorkerError):
+    """A model could not be loaded.
+
+    `previous_restored` is True when a failed reload put the former model back into service.
+    """
+
+    def __init__(self, message: str, *, previous_restored: bool = False) -> None:
+        super().__init__(message)
+        self.previous_restored = previous_restored
+
+
+class ModelNotFoundError(ModelLoadError):
+    """The model names a file, or a bundled package, that is not there."""
+
+
+class InsufficientMemoryError(ModelLoadError):
+    """Weights, KV cache and buffers would need more memory than is free. Sizes are in bytes."""
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+
+class RequestError(LlamaWorkerError):
+    """The request cannot be served as it is; sending it again fails again."""
+
+
+class InvalidRequestError(_FieldError, RequestError):
+    """A field of the request has a value that cannot work."""
+
+
+class ContextOverflowError(RequestError):
+    """The request needs more tokens than the context offers.
+
+    `stage` is "prompt" (the prompt alone does not fit), "max_tokens" (prompt and the requested
+    completion together do not) or "embed" (one text is longer than an embedding batch).
+    `resident` tokens are there already, `additional` were asked for, `n_ctx` is the limit.
+    """
+
+    def __init__(self, *, stage: str, resident: int, additional: int, n_ctx: int) -> None:
+        super().__init__(
+            f"{stage}: {resident} + {additional} tokens exceed the limit of {n_ctx}; "
+            "shorten the input, lower max_tokens or open the model with a larger n_ctx"
+        )
+        self.stage = stage
+        self.resident = resident
+        self.additional = additional
+        self.n_ctx = n_ctx
+
+
+class TemplateError(RequestError):
+    """The model's chat template could not render the messages."""
+
+
+class UnsupportedFeatureError(RequestError):
+    """The loaded model, or this version of the package, does not offer `feature`."""
+
+    def __init__(self, feature: str, hint: str) -> None:
+        super().__init__(f"{feature} is not supported: {hint}")
+        self.feature = feature
+
+
+class QueueFull(LlamaWorkerError):
+    """The command channel is full and `on_full="reject"`. `capacity` requests wait already."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(f"{capacity} requests wait already; try again later or use on_full='wait'")
+        self.capacity = capacity
+
+
+class DeadlineExceeded(LlamaWorkerError):
+    """The request took longer than its `timeout`, time in the queue included."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"not finished within timeout={timeout:g} s; raise it or ask for fewer tokens")
+        self.timeout = timeout
+
+
+class GenerationCancelled(LlamaWorkerError):
+    """The generation was cancelled. `partial` is the reply as far as it had come."""
+
+    def __init__(self, partial: Reply) -> None:
+        super().__init__(f"cancelled after {partial.usage.completion_tokens} tokens")
+        self.partial = partial
+
+
+class GenerationError(LlamaWorkerError):
+    """The engine failed this request. The worker serves others on."""
+
+
+class WorkerClosed(LlamaWorkerError):
+    """The worker is closed, or was closed before it could answer."""
+
+    def __init__(self, message: str = "the worker is closed; open a new LlamaWorker") -> None:
+        super().__init__(message)
+
+
+class WorkerDied(WorkerClosed):
+    """The worker thread ended by an exception, which is this error's `__cause__`."""
