@@ -1,1 +1,98 @@
-from llama_worker._version import __version__ as __version__
+"""Local GGUF models inside Python agents: one worker thread owns llama.cpp, everything else asks it.
+
+The house, from the outside in:
+
+    _worker        LlamaWorker: generate, stream, embed, reload, close and their a-twins
+    _registry      one live worker for each configuration
+    _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
+    _channel       the bounded way to the worker thread; _commands is what travels on it
+    _loop          the worker thread: the only caller of an engine
+    _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
+    _reply         token -> text -> events; _streams is where the caller reads them
+    _engine/       llama.cpp, behind the protocol in _engine/base
+    testing        an engine without a model, for your tests and ours
+"""
+
+from llama_worker._cancel import CancelScope, cancel_scope
+from llama_worker._config import ModelConfig, WorkerConfig
+from llama_worker._engine.base import ModelInfo
+from llama_worker._errors import (
+    ConfigError,
+    ContextOverflowError,
+    DeadlineExceeded,
+    EngineVersionError,
+    GenerationCancelled,
+    GenerationError,
+    InsufficientMemoryError,
+    InvalidRequestError,
+    LlamaWorkerError,
+    ModelLoadError,
+    ModelNotFoundError,
+    QueueFull,
+    RequestError,
+    TemplateError,
+    UnsupportedFeatureError,
+    WorkerClosed,
+    WorkerDied,
+)
+from llama_worker._events import (
+    Failed,
+    Finished,
+    FinishReason,
+    Reply,
+    StreamEvent,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
+from llama_worker._models import inspect_model
+from llama_worker._registry import close_all, get_worker
+from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._streams import AsyncEventStream, EventStream
+from llama_worker._version import __version__
+from llama_worker._worker import LlamaWorker, Status
+
+__all__ = [
+    "AsyncEventStream",
+    "CancelScope",
+    "ConfigError",
+    "ContextOverflowError",
+    "DeadlineExceeded",
+    "EmbedRequest",
+    "EngineVersionError",
+    "EventStream",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "GenerationCancelled",
+    "GenerationError",
+    "GenerationRequest",
+    "InsufficientMemoryError",
+    "InvalidRequestError",
+    "LlamaWorker",
+    "LlamaWorkerError",
+    "Message",
+    "ModelConfig",
+    "ModelInfo",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "QueueFull",
+    "Reply",
+    "RequestError",
+    "SamplingParams",
+    "Status",
+    "StreamEvent",
+    "TemplateError",
+    "TextDelta",
+    "TokenLogprob",
+    "UnsupportedFeatureError",
+    "Usage",
+    "WorkerClosed",
+    "WorkerConfig",
+    "WorkerDied",
+    "__version__",
+    "cancel_scope",
+    "close_all",
+    "get_worker",
+    "inspect_model",
+]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from llama_worker._errors import ConfigError, LlamaWorkerError
+from llama_worker._errors import ConfigError, FieldError
 
 KVType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "mean", "cls", "last"]
@@ -19,7 +19,7 @@ class Settings(BaseModel):
     """A frozen pydantic model whose validation errors are ours: they name the field and the value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-    error_type: ClassVar[type[LlamaWorkerError]] = ConfigError
+    error_type: ClassVar[type[FieldError]] = ConfigError
 
     @model_validator(mode="wrap")
     @classmethod
@@ -31,13 +31,13 @@ class Settings(BaseModel):
         raise error
 
 
-def _typed(cls: type[Settings], invalid: ValidationError) -> LlamaWorkerError:
+def _typed(cls: type[Settings], invalid: ValidationError) -> FieldError:
     first = invalid.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"][:1]) or cls.__name__
     reason = first["msg"]
     if first["type"] == "extra_forbidden":
         reason = f"unknown; the fields are {', '.join(cls.model_fields)}"
-    return cls.error_type(field, first["input"], reason)  # type: ignore[call-arg, arg-type]
+    return cls.error_type(field, first["input"], reason)
 
 
 class ModelConfig(Settings):

@@ -23,10 +23,13 @@ Messages name the field, the value and the way out. They never carry prompt or r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from llama_worker._events import Reply
+
+
+E = TypeVar("E", bound=Exception)
 
 
 class LlamaWorkerError(Exception):
@@ -37,11 +40,18 @@ class LlamaWorkerError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
-def _rebuild(cls: type[LlamaWorkerError], args: tuple[Any, ...], state: dict[str, Any]) -> LlamaWorkerError:
+def _rebuild(cls: type[E], args: tuple[Any, ...], state: dict[str, Any]) -> E:
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+def copy_of(error: E) -> E:
+    """The same error as another object: each waiter raises its own, for frameworks write into them."""
+    twin = _rebuild(type(error), error.args, error.__dict__)
+    twin.__cause__ = error.__cause__
+    return twin
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -50,7 +60,7 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"<{type(value).__name__}, {len(text)} characters>"
 
 
-class _FieldError(LlamaWorkerError):
+class FieldError(LlamaWorkerError):
     """`field` holds `value`, which cannot work because of `reason`."""
 
     def __init__(self, field: str, value: object, reason: str) -> None:
@@ -59,7 +69,7 @@ class _FieldError(LlamaWorkerError):
         self.reason = reason
 
 
-class ConfigError(_FieldError):
+class ConfigError(FieldError):
     """A configuration field has a value that cannot work. Raised before any thread starts."""
 
 
@@ -95,7 +105,7 @@ class RequestError(LlamaWorkerError):
     """The request cannot be served as it is; sending it again fails again."""
 
 
-class InvalidRequestError(_FieldError, RequestError):
+class InvalidRequestError(FieldError, RequestError):
     """A field of the request has a value that cannot work."""
 
 
@@ -147,10 +157,10 @@ class DeadlineExceeded(LlamaWorkerError):
 
 
 class GenerationCancelled(LlamaWorkerError):
-    """The generation was cancelled. `partial` is the reply as far as it had come."""
+    """The request was cancelled. `partial` is the reply as far as it had come; None if nothing had begun."""
 
-    def __init__(self, partial: Reply) -> None:
-        super().__init__(f"cancelled after {partial.usage.completion_tokens} tokens")
+    def __init__(self, partial: Reply | None = None) -> None:
+        super().__init__(f"cancelled after {partial.usage.completion_tokens if partial else 0} tokens")
         self.partial = partial
 
 

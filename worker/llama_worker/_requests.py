@@ -8,17 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, field_validator
 
 from llama_worker._config import Settings
-from llama_worker._errors import InvalidRequestError, LlamaWorkerError
+from llama_worker._errors import FieldError, InvalidRequestError
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
-_Finite = {"allow_inf_nan": False}
-_Share = Annotated[float, Field(ge=0, le=1, **_Finite)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Message(Settings):
     """One turn of a conversation. `name` is passed to the template, which may ignore it."""
 
-    error_type: ClassVar[type[LlamaWorkerError]] = InvalidRequestError
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
     role: Role
     content: str
@@ -35,37 +34,39 @@ class SamplingParams(Settings):
     `mirostat` 1 or 2 replaces the truncating samplers.
     """
 
-    error_type: ClassVar[type[LlamaWorkerError]] = InvalidRequestError
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
     max_tokens: Annotated[int | None, Field(ge=1, le=2**24)] = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...], Field(max_length=64)] = ()
-    temperature: Annotated[float, Field(ge=0, le=100, **_Finite)] = 0.8
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.8
     top_k: Annotated[int, Field(ge=0, le=2**24)] = 40
     top_p: _Share = 0.95
     min_p: _Share = 0.05
     typical_p: _Share = 1.0
-    top_n_sigma: Annotated[float, Field(ge=-1, le=1000, **_Finite)] = -1.0
+    top_n_sigma: Annotated[float, Field(ge=-1, le=1000, allow_inf_nan=False)] = -1.0
     xtc_probability: _Share = 0.0
     xtc_threshold: _Share = 0.1
-    dynatemp_range: Annotated[float, Field(ge=0, le=100, **_Finite)] = 0.0
-    dynatemp_exponent: Annotated[float, Field(ge=0, le=100, **_Finite)] = 1.0
-    repeat_penalty: Annotated[float, Field(gt=0, le=100, **_Finite)] = 1.0
+    dynatemp_range: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    dynatemp_exponent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    repeat_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**24)] = 64
-    frequency_penalty: Annotated[float, Field(ge=-100, le=100, **_Finite)] = 0.0
-    presence_penalty: Annotated[float, Field(ge=-100, le=100, **_Finite)] = 0.0
-    dry_multiplier: Annotated[float, Field(ge=0, le=100, **_Finite)] = 0.0
-    dry_base: Annotated[float, Field(ge=1, le=100, **_Finite)] = 1.75
+    frequency_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0.0
+    dry_multiplier: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.75
     dry_allowed_length: Annotated[int, Field(ge=0, le=2**16)] = 2
     dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**24)] = -1
-    dry_sequence_breakers: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=40)], ...], Field(max_length=64)] = (
+    dry_sequence_breakers: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=40)], ...], Field(max_length=64)
+    ] = (
         "\n",
         ":",
         '"',
         "*",
     )
     mirostat: Literal[0, 1, 2] = 0
-    mirostat_tau: Annotated[float, Field(ge=0, le=100, **_Finite)] = 5.0
-    mirostat_eta: Annotated[float, Field(ge=0, le=1, **_Finite)] = 0.1
+    mirostat_tau: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 5.0
+    mirostat_eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.1
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: Annotated[int | None, Field(ge=0, lt=2**32 - 1)] = None
     ignore_eos: bool = False
@@ -99,12 +100,12 @@ class GenerationRequest(Settings):
     `timeout` is in seconds and includes the time in the queue.
     """
 
-    error_type: ClassVar[type[LlamaWorkerError]] = InvalidRequestError
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     params: SamplingParams = SamplingParams()
-    timeout: Annotated[float | None, Field(gt=0, le=1e9, **_Finite)] = None
+    timeout: Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)] = None
 
 
 class EmbedRequest(Settings):
@@ -114,9 +115,9 @@ class EmbedRequest(Settings):
     ContextOverflowError, "truncate" keeps its head. `normalize` scales each vector to length 1.
     """
 
-    error_type: ClassVar[type[LlamaWorkerError]] = InvalidRequestError
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
     texts: tuple[str, ...]
     normalize: bool = True
     overlong: Literal["error", "truncate"] = "error"
-    timeout: Annotated[float | None, Field(gt=0, le=1e9, **_Finite)] = None
+    timeout: Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)] = None

@@ -81,6 +81,8 @@ class EngineLimits:
     `can_trim`: a sequence's tail can be removed (not so for recurrent and hybrid models).
     `can_share`: `seq_share` of a prefix works and costs no memory.
     `generates` / `embeds`: which of the two kinds of request the model can serve.
+    `n_embed_tokens` and `n_embed_seq`: most tokens and texts in one `embed` call;
+    `n_embed_text`: most tokens of one text (the trained context of models with absolute positions).
     """
 
     n_ctx: int
@@ -94,6 +96,7 @@ class EngineLimits:
     generates: bool
     embeds: bool
     n_embed_tokens: int
+    n_embed_text: int
     n_embed_seq: int
 
 

@@ -1,0 +1,110 @@
+"""Call: one request on its way to the worker, and the four ways to wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from llama_worker import (
+    AsyncEventStream,
+    EventStream,
+    Failed,
+    Finished,
+    GenerationCancelled,
+    LlamaWorker,
+    Message,
+    Reply,
+    StreamEvent,
+    TextDelta,
+    Usage,
+)
+
+T = TypeVar("T")
+
+
+class Call:
+    """`prompt` (text, or messages of a chat) for the worker that `connect` opens. Asked once.
+
+    A stream is submitted by its first step, so one that nobody reads costs nothing. It still belongs to
+    the cancel scopes under which the Call was made. One that is cancelled from outside ends in order,
+    with finish_reason "cancelled": an exception would make LlamaIndex drop the partial answer.
+    """
+
+    def __init__(self, connect: Callable[[], LlamaWorker], prompt: str | Sequence[Message], **options: Any) -> None:
+        self._connect = connect
+        self._prompt = prompt
+        self._options = options
+        self._context = copy_context()
+        self._stream: EventStream | AsyncEventStream | None = None
+
+    def generate(self) -> Reply:
+        """Raises as LlamaWorker.generate, GenerationCancelled included."""
+        return self._connect().generate(self._prompt, **self._options)
+
+    async def agenerate(self) -> Reply:
+        return await self._connect().agenerate(self._prompt, **self._options)
+
+    def events(self) -> Generator[TextDelta | Reply, None, None]:
+        """The deltas, then the whole reply. Raises what the request failed with."""
+        worker = self._connect()
+        try:
+            self._stream = stream = self._context.run(lambda: worker.stream(self._prompt, **self._options))
+        except GenerationCancelled:  # while it waited for room in the queue
+            yield _nothing(worker)
+            return
+        for event in stream:
+            yield _read(event, worker)
+
+    async def aevents(self) -> AsyncGenerator[TextDelta | Reply, None]:
+        worker = self._connect()
+        self._stream = stream = self._context.run(lambda: worker.astream(self._prompt, **self._options))
+        try:
+            async for event in stream:
+                yield _read(event, worker)
+        except GenerationCancelled:
+            yield _nothing(worker)
+
+    def close(self) -> None:
+        """Cancel the request if it was submitted. Idempotent, never blocks, any thread."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _read(event: StreamEvent, worker: LlamaWorker) -> TextDelta | Reply:
+    if isinstance(event, Failed):
+        raise event.error
+    if isinstance(event, TextDelta):
+        return event
+    return _reply(event, worker)
+
+
+def _reply(end: Finished, worker: LlamaWorker) -> Reply:
+    model = worker.status().model
+    return Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model=model, logprobs=end.logprobs)
+
+
+def _nothing(worker: LlamaWorker) -> Reply:
+    return _reply(Finished(reason="cancelled", text="", usage=Usage()), worker)
+
+
+def owned(chunks: Generator[T, None, None], call: Call) -> Generator[T, None, None]:
+    """`chunks`, and however their reading ends, the end of `call`.
+
+    The callback decorators of LlamaIndex never close the generator that they wrap, and a handler that
+    keeps payloads keeps it alive with the exception it stored. So the owner has to stand outside them.
+    """
+    try:
+        yield from chunks
+    finally:
+        call.close()
+
+
+async def aowned(chunks: AsyncGenerator[T, None], call: Call) -> AsyncGenerator[T, None]:
+    """The async twin of `owned`."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        call.close()
+        await chunks.aclose()

@@ -1,0 +1,83 @@
+"""WorkerComponent: what the LLM and the embedding have in common, their settings and their way to a worker."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from llama_index.core.schema import BaseComponent
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+
+from llama_worker import ConfigError, LlamaWorker, ModelConfig, ModelInfo, WorkerConfig, get_worker, inspect_model
+
+
+class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
+    """A LlamaIndex component on a worker. Its fields are those of ModelConfig and WorkerConfig, by inheritance.
+
+    Give `model` and what else of them is needed: all components of a process with equal settings share
+    one worker, which is opened by the first use and not by the constructor. Or give `worker`, which is
+    used as it is. An unknown or impossible keyword raises ConfigError.
+
+    `timeout` is in seconds for each request and includes the time in the queue.
+    Any number of threads and event loops may use one component at once. Copies, and what is loaded from
+    `to_dict` or a pickle, use the same worker; in another process they open one at their first use.
+    """
+
+    model_config = ConfigDict(
+        # Frameworks assign to components and save them as JSON, which knows no tuples.
+        frozen=False,
+        strict=False,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+    )
+    error_type: ClassVar[type[ConfigError]] = ConfigError
+
+    model: Annotated[str, Field(min_length=1)] = ""
+    worker: LlamaWorker | None = Field(default=None, exclude=True, repr=False)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    # Holding the worker keeps it open between calls; which one it is, the registry says at each call.
+    _held: LlamaWorker | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_settings_of_worker(cls, given: dict[str, Any]) -> dict[str, Any]:
+        worker = given.get("worker")
+        if isinstance(worker, LlamaWorker):
+            served = {name: getattr(worker.config, name) for name in ModelConfig.model_fields}
+            for name in given.keys() & {*ModelConfig.model_fields, *WorkerConfig.model_fields}:
+                if name not in served or given[name] != served[name]:
+                    raise ConfigError(name, given[name], "worker= is given and brings its own; leave one of them out")
+            return {**served, **given}
+        if not given.get("model"):
+            raise ConfigError("model", given.get("model"), "name a GGUF file or a demo:// model, or give worker=")
+        return given
+
+    def _connect(self) -> LlamaWorker:
+        """The worker to ask now. Returns at once; a fresh one loads in the background."""
+        if self.worker is not None:
+            return self.worker
+        self._held = worker = get_worker(_part(self, ModelConfig), _part(self, WorkerConfig))
+        return worker
+
+    def _served(self) -> tuple[ModelInfo, int]:
+        """The model and the tokens that one request may use. Before it is loaded, what the header says."""
+        worker = self.worker or self._held
+        if worker is not None and worker.status().state in ("ready", "draining"):
+            return worker.info, worker.n_ctx
+        info = inspect_model(self.model)
+        n_ctx = self.n_ctx or info.n_ctx_train
+        return info, min(n_ctx, self.n_kv_cells or n_ctx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # LlamaIndex's own method deletes what cannot be pickled from the very object that is pickled.
+        twin = self.model_copy()
+        twin._held = None
+        if twin.worker is not None:
+            for name in (*ModelConfig.model_fields, *WorkerConfig.model_fields):
+                twin.__dict__.pop(name, None)  # the worker brings them, and may have been reloaded since
+        return super(WorkerComponent, twin).__getstate__()
+
+
+def _part[C: (ModelConfig, WorkerConfig)](component: WorkerComponent, settings: type[C]) -> C:
+    return settings(**{name: getattr(component, name) for name in settings.model_fields})

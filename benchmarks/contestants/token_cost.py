@@ -1,0 +1,108 @@
+"""What Python costs per token: the time between llama.cpp's calls, 8 sequences, after short and long prompts.
+
+This is the one script that looks behind the public names: it times `llama_decode` and the sampler where
+llama-worker (or `Llama`) calls them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import llama_cpp.llama_cpp as bindings
+
+from benchmarks import drive, workload
+from benchmarks.contestants.command import main
+from benchmarks.drive import Figures
+
+ROWS, N_TOKENS, N_CTX = 8, 129, 8192
+SHORT_WORDS, LONG_WORDS = 16, 3000
+
+
+class Stopwatch:
+    """Times the calls of a decode loop: every llama_decode ends one step, the sampler's time is taken off."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._sampling = 0.0
+        self._left: float | None = None
+        self.steps: list[float] = []
+
+    def decode(self, call: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
+        def timed(context: Any, batch: Any) -> int:
+            entered = time.perf_counter()
+            if self._left is not None and batch.n_tokens == self._rows:
+                self.steps.append(entered - self._left - self._sampling)
+            status = call(context, batch)
+            self._sampling = 0.0
+            self._left = time.perf_counter() if batch.n_tokens == self._rows else None
+            return status
+
+        return timed
+
+    def sample(self, call: Callable[..., int]) -> Callable[..., int]:
+        def timed(*arguments: Any) -> int:
+            entered = time.perf_counter()
+            token = call(*arguments)
+            self._sampling += time.perf_counter() - entered
+            return token
+
+        return timed
+
+    def microseconds_per_token(self) -> float:
+        """Of the median step: one that the operating system interrupted says nothing about Python."""
+        cost = median(self.steps) / self._rows * 1e6
+        self.steps.clear()
+        return cost
+
+
+def ours(model: str, threads: str) -> Figures:
+    from benchmarks.contestants.ours import Worker
+    from llama_worker import LlamaWorker, ModelConfig
+    from llama_worker._engine.library import library
+
+    watch, lib = Stopwatch(ROWS), library()
+    bindings.llama_decode = watch.decode(bindings.llama_decode)
+    lib.short.llama_sampler_sample = watch.sample(lib.short.llama_sampler_sample)
+    with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), n_ctx=N_CTX, n_parallel=ROWS)) as worker:
+        complete = Worker(worker).complete
+        return _figures(lambda words: _eight(complete, words), watch)
+
+
+def llama(model: str, threads: str) -> Figures:
+    """llama-cpp-python's `Llama`, one sequence."""
+    from llama_cpp import Llama
+
+    bindings.llama_vocab_is_eog = lambda vocab, token: False
+    watch = Stopwatch(1)
+    bindings.llama_decode = watch.decode(bindings.llama_decode)
+    bindings.llama_sampler_sample = watch.sample(bindings.llama_sampler_sample)
+    client = Llama(model, n_ctx=N_CTX, n_threads=int(threads), verbose=False)
+
+    def run(words: int) -> None:
+        for _ in client(workload.story(words, seed=1), max_tokens=N_TOKENS, temperature=0.0, stream=True):
+            pass
+
+    return _figures(run, watch)
+
+
+def _figures(run: Callable[[int], None], watch: Stopwatch) -> Figures:
+    costs = []
+    for words in (SHORT_WORDS, LONG_WORDS):
+        run(words)
+        costs.append(watch.microseconds_per_token())
+    return {"short_us": costs[0], "long_us": costs[1], "growth": costs[1] / costs[0]}
+
+
+def _eight(complete: drive.Complete, words: int) -> None:
+    """Eight streams that share a prompt but for its end, so that a long one is decoded once."""
+    prompt = workload.story(words, seed=1)
+    drive.listen(complete(prompt, 1), 1)
+    prompts = [f"{prompt} {workload.story(8, seed=10 + row)}" for row in range(ROWS)]
+    drive.in_threads([lambda text=text: drive.listen(complete(text, N_TOKENS), N_TOKENS) for text in prompts])
+
+
+if __name__ == "__main__":
+    main({"token_cost": ours, "token_cost_llama": llama})

@@ -1,0 +1,106 @@
+"""The texts and sizes that every contestant works on. Only the standard library: peers import it too."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TypedDict
+
+WORDS = (
+    "river",
+    "stone",
+    "cloud",
+    "winter",
+    "summer",
+    "engine",
+    "model",
+    "agent",
+    "tool",
+    "search",
+    "index",
+    "vector",
+    "table",
+    "query",
+    "answer",
+    "light",
+    "dark",
+    "green",
+    "orange",
+    "copper",
+    "window",
+    "garden",
+    "bridge",
+    "letter",
+    "number",
+    "market",
+    "school",
+    "doctor",
+    "signal",
+    "morning",
+    "ocean",
+    "valley",
+    "paper",
+)
+
+
+class ChatMessage(TypedDict):
+    """One message as llama-server, LangChain and llama-worker all take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """`streams` prompts of about `prompt_tokens` tokens, `n_tokens` sampled for each.
+
+    The prefill yields the first sampled token, so there are n_tokens - 1 decode steps of one row a stream.
+    """
+
+    streams: int
+    prompt_words: int
+    prompt_tokens: int
+    n_tokens: int
+    n_ctx: int
+
+    @property
+    def n_decodes(self) -> int:
+        return self.n_tokens - 1
+
+    def prompts(self) -> list[str]:
+        return [story(self.prompt_words, seed=stream) for stream in range(self.streams)]
+
+
+ONE_STREAM = Generation(streams=1, prompt_words=62, prompt_tokens=64, n_tokens=257, n_ctx=512)
+EIGHT_STREAMS = Generation(streams=8, prompt_words=30, prompt_tokens=32, n_tokens=129, n_ctx=2048)
+BUSY = Generation(streams=4, prompt_words=14, prompt_tokens=16, n_tokens=65, n_ctx=512)
+
+AGENTS, TURNS, TURN_TOKENS, AGENTS_N_CTX = 4, 4, 32, 8192
+SYSTEM_WORDS, USER_WORDS = 500, 60
+EMBED_TEXTS, EMBED_MIN_WORDS, EMBED_MAX_WORDS = 256, 8, 60
+CANCEL_TOKENS, CANCEL_DELAYS = 2000, (0.15, 0.3, 0.45, 0.6, 0.75)
+
+
+def story(n_words: int, *, seed: int) -> str:
+    """Deterministic text of `n_words` words, each about one token of the demo model."""
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(n_words))
+
+
+def system_message() -> ChatMessage:
+    return {"role": "system", "content": "You are a careful agent. " + story(SYSTEM_WORDS, seed=1000)}
+
+
+def user_message(agent: int, turn: int) -> ChatMessage:
+    text = story(USER_WORDS, seed=2000 + 100 * agent + turn)
+    return {"role": "user", "content": f"session {agent} step {turn}: {text}"}
+
+
+def embed_texts() -> list[str]:
+    rng = random.Random(3000)
+    return [story(rng.randint(EMBED_MIN_WORDS, EMBED_MAX_WORDS), seed=3001 + i) for i in range(EMBED_TEXTS)]
+
+
+def long_prompt(seed: int) -> str:
+    """About CANCEL_TOKENS tokens. Each seed differs from the first word on, so no prefix is ever reused."""
+    return story(CANCEL_TOKENS, seed=4000 + seed)

@@ -1,0 +1,69 @@
+"""LangChain's own integration suites on the demo models, with nothing overridden."""
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
+
+from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings
+from llama_worker import close_all, inspect_model
+
+CHAT = "demo://smollm2-135m-instruct"
+
+pytestmark = [
+    pytest.mark.engine,
+    # The suite asks for the v3 events, which langchain_core calls a beta.
+    pytest.mark.filterwarnings("ignore:.* is in beta"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_workers() -> Any:
+    yield
+    close_all()
+
+
+class TestChatLlamaWorkerIntegration(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatLlamaWorker
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": CHAT, "n_ctx": 2048, "temperature": 0, "max_tokens": 16}
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        return {"timeout": 120, "stop": [], "max_retries": 2}
+
+    @property
+    def model_override_value(self) -> str:
+        return inspect_model(CHAT).path
+
+    @property
+    def supported_usage_metadata_details(self) -> Any:
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        model = ChatLlamaWorker(**self.standard_chat_model_params, **self.chat_model_params)
+        prompt = "Say that you remember this sentence."
+        model.invoke(prompt)
+        if not stream:
+            return model.invoke(prompt)
+        whole: AIMessageChunk | None = None
+        for chunk in model.stream(prompt):
+            whole = chunk if whole is None else whole + chunk
+        assert whole is not None
+        return whole
+
+
+class TestLlamaWorkerEmbeddingsIntegration(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[LlamaWorkerEmbeddings]:
+        return LlamaWorkerEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "demo://all-minilm-l6-v2"}

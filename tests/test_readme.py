@@ -1,0 +1,97 @@
+"""The documents keep their word: their Python runs, their make targets, files and names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama_worker
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(match[2], id=f"{path.name}:{path.read_text(encoding='utf-8')[: match.start()].count(chr(10)) + 1}")
+    for path in DOCUMENTS
+    for match in FENCE.finditer(path.read_text(encoding="utf-8"))
+    if match[1] == "python"
+]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [match[2] for match in FENCE.finditer(path.read_text(encoding="utf-8")) if match[1] == language]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("code", BLOCKS)
+def test_the_python_runs(code: str, tmp_path: Path) -> None:
+    """Each block stands alone: a reader may paste any one of them into a file."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_readme_shows_every_way_in() -> None:
+    """The bare worker and both frameworks have a quickstart."""
+    shown = "\n".join(blocks(ROOT / "README.md", "python"))
+    for module in ("llama_worker", "langchain_llama_worker", "llama_index.llms.llama_worker"):
+        assert f"from {module} import" in shown
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_exist(path: Path) -> None:
+    asked = set(
+        re.findall(r"\bmake ([a-z]+)\b", "\n".join([*blocks(path, "sh"), *re.findall(r"`[^`\n]+`", path.read_text())]))
+    )
+    assert asked <= make_targets()
+
+
+def test_make_help_lists_the_targets() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert {"demo", "test", "check", "bench", "proof", "help"} <= set(
+        re.findall(r"^  make (\w+)", done.stdout, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_documented_errors_are_the_real_ones() -> None:
+    """docs/errors.md names every public error, and no other."""
+    named = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE))
+    real = {
+        name
+        for name in llama_worker.__all__
+        if isinstance(value := getattr(llama_worker, name), type) and issubclass(value, Exception)
+    }
+    assert named == real
+
+
+def test_the_migration_tables_name_our_parameters() -> None:
+    """Whatever the right-hand columns call ours is a field of one of the three settings, or an adapter's own."""
+    from llama_worker import ModelConfig, SamplingParams, WorkerConfig
+
+    ours = {*ModelConfig.model_fields, *WorkerConfig.model_fields, *SamplingParams.model_fields, "timeout"}
+    migration = (ROOT / "README.md").read_text(encoding="utf-8").split("## Migration", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|")[2] for line in migration.splitlines() if line.startswith("| `")]
+    named = {name for cell in rows for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", cell)}
+    assert len(named) >= 15
+    assert named <= ours
+
+
+def test_the_licence_is_whole() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text

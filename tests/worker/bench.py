@@ -1,0 +1,145 @@
+"""A worker without a thread: a Service over a FakeEngine that a test drives step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from llama_worker import (
+    EmbedRequest,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Message,
+    ModelConfig,
+    SamplingParams,
+    StreamEvent,
+)
+from llama_worker._cancel import CancelFlag
+from llama_worker._channel import CommandChannel, Ticket
+from llama_worker._commands import Embed, Generate, Reload, Shutdown
+from llama_worker._loop import Service, _end, load, step
+from llama_worker._preparer import Preparer
+from llama_worker._published import Published
+from llama_worker.testing import FakeEngine, assert_well_formed, fake_loader
+
+
+class ListSink:
+    """Keeps a request's events."""
+
+    def __init__(self) -> None:
+        self.events: list[StreamEvent] = []
+
+    def put(self, event: StreamEvent) -> None:
+        self.events.append(event)
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], Finished | Failed)
+
+    @property
+    def terminal(self) -> Finished | Failed:
+        return assert_well_formed(self.events)
+
+    @property
+    def text(self) -> str:
+        return self.terminal.text
+
+
+class Bench:
+    """One worker on the test's own thread. `clock` is moved by hand."""
+
+    def __init__(self, *replies: str, loader: Any = None, capacity: int = 64, **config: Any) -> None:
+        self.engines: list[FakeEngine] = []
+        self.now = 0.0
+        self.published = Published()
+        self.channel = CommandChannel(capacity)
+        self.config = ModelConfig(model="fake://model", **config)
+        self.service = Service(
+            channel=self.channel,
+            loader=loader or fake_loader(*replies, seen=self.engines.append),
+            config=self.config,
+            step_budget_ms=100.0,
+            preparer=Preparer(),
+            publish=self.published.show,
+            clock=lambda: self.now,
+        )
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[-1]
+
+    @property
+    def scheduler(self) -> Any:
+        assert self.service.loaded is not None
+        return self.service.loaded.scheduler
+
+    def load(self) -> Bench:
+        load(self.service, self.config)
+        return self
+
+    def ask(
+        self, prompt: str | Sequence[Message], *, deadline: float | None = None, **params: Any
+    ) -> tuple[ListSink, CancelFlag]:
+        view = self.published.view(0)
+        assert view is not None
+        sampling = SamplingParams(**{"max_tokens": 16, **params})
+        request = (
+            GenerationRequest(prompt=prompt, params=sampling)
+            if isinstance(prompt, str)
+            else GenerationRequest(messages=tuple(prompt), params=sampling)
+        )
+        sink, cancel = ListSink(), CancelFlag()
+        self.put(Generate(job=view.prepare_generation(request), sink=sink, cancel=cancel, deadline=deadline))
+        return sink, cancel
+
+    def embed(self, *texts: str, normalize: bool = True) -> tuple[Future[list[list[float]]], CancelFlag]:
+        view = self.published.view(0)
+        assert view is not None
+        request = EmbedRequest(texts=texts, normalize=normalize)
+        answer: Future[list[list[float]]] = Future()
+        cancel = CancelFlag()
+        self.put(Embed(job=view.prepare_embedding(request), answer=answer, cancel=cancel, deadline=None))
+        return answer, cancel
+
+    def reload(self, when: str = "drain", **changes: Any) -> Reload:
+        config = ModelConfig(**{**self.config.model_dump(), **changes})
+        command = Reload(config=config, when=when, deadline=None)  # type: ignore[arg-type]
+        assert self.channel.command(command)
+        return command
+
+    def put(self, request: Generate | Embed) -> None:
+        ticket = Ticket(request, lambda: None)
+        self.channel.offer(ticket)
+        assert ticket.accepted
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            assert step(self.service)
+            self.check()
+
+    def settle(self, *waited_for: ListSink | Future[Any], most: int = 2000) -> None:
+        """Step until all are answered."""
+        until = time.monotonic() + 20
+        for _ in range(most):
+            if all(w.is_answered if isinstance(w, ListSink) else w.done() for w in waited_for):
+                return
+            assert time.monotonic() < until, "the worker does not come to an end"
+            self.step()
+        raise AssertionError(f"not answered after {most} steps: {self.service}")
+
+    def shut_down(self) -> None:
+        self.channel.command(Shutdown())
+        while step(self.service):
+            pass
+        _end(self.service, None)
+
+    def check(self) -> None:
+        """The prefix cache's books are right, and they are what the engine holds."""
+        if self.service.loaded is None or not self.engines or self.engine.closed:
+            return
+        self.scheduler.cache.check()
+        for slot in self.scheduler.cache.slots:
+            assert self.engine.held(slot.seq) == slot.tokens.view.tolist(), f"{slot} differs from the engine"

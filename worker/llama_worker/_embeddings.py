@@ -1,0 +1,119 @@
+"""EmbedQueue: texts of many requests, packed into batches of like length.
+
+Texts of one batch share its rows, and a row costs the same whoever it belongs to, but attention inside a
+batch grows with the square of its rows; so batches are filled only up to the engine's limit, with texts
+as equal in length as can be had. The oldest request's longest text begins each batch, so nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_worker._commands import Embed, settle
+from llama_worker._engine.base import EngineLimits, Floats
+from llama_worker._tokens import TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """One text of one request, not embedded yet."""
+
+    command: Embed
+    index: int
+    tokens: TokenIds
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    vectors: list[list[float] | None]
+    left: list[Text] = field(default_factory=list)
+    begun: bool = False
+
+
+class EmbedQueue:
+    """The embedding requests of one engine, oldest first. The worker thread's."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self._limits = limits
+        self._progress: dict[Embed, _Progress] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._progress)
+
+    def __len__(self) -> int:
+        return len(self._progress)
+
+    @property
+    def has_begun(self) -> bool:
+        return any(progress.begun for progress in self._progress.values())
+
+    def requests(self) -> list[Embed]:
+        return list(self._progress)
+
+    def add(self, command: Embed) -> None:
+        texts = [Text(command, i, tokens) for i, tokens in enumerate(command.job.texts)]
+        self._progress[command] = _Progress([None] * len(texts), texts)
+        self._answer_if_complete(command)
+
+    def remove(self, command: Embed) -> None:
+        """The request was answered otherwise."""
+        self._progress.pop(command, None)
+
+    def next_batch(self) -> list[Text]:
+        """What to embed now; empty when there is nothing. Changes nothing but who has begun."""
+        texts = [text for progress in self._progress.values() for text in progress.left]
+        if not texts:
+            return []
+        batch = pack(texts, self._limits.n_embed_tokens, self._limits.n_embed_seq)
+        for text in batch:
+            self._progress[text.command].begun = True
+        return batch
+
+    def commit(self, batch: Sequence[Text], vectors: Floats) -> None:
+        """`vectors[i]` is the embedding of `batch[i]`. Answers the requests that are complete."""
+        scaled = normalized(vectors)
+        for text, plain, unit in zip(batch, vectors, scaled, strict=True):
+            progress = self._progress[text.command]
+            progress.vectors[text.index] = (unit if text.command.job.request.normalize else plain).tolist()
+            progress.left.remove(text)
+        for command in {id(text.command): text.command for text in batch}.values():
+            self._answer_if_complete(command)
+
+    def fail(self, batch: Sequence[Text], error: Exception) -> None:
+        """The engine failed this batch: so do the requests that have a text in it."""
+        for command in {id(text.command): text.command for text in batch}.values():
+            command.fail(error)
+            self.remove(command)
+
+    def _answer_if_complete(self, command: Embed) -> None:
+        progress = self._progress[command]
+        if not progress.left:
+            settle(command.answer, result=progress.vectors)
+            self.remove(command)
+
+
+def pack(texts: Sequence[Text], n_tokens: int, n_texts: int) -> list[Text]:
+    """The batch that begins with the longest text of the oldest request, filled with the next shorter ones.
+
+    `texts` are ordered by the age of their request. Pure; at least one text is taken.
+    """
+    oldest = texts[0].command
+    first = max((text for text in texts if text.command is oldest), key=lambda text: len(text.tokens))
+    rest = sorted((text for text in texts if text is not first), key=lambda text: -len(text.tokens))
+    batch, room = [first], n_tokens - len(first.tokens)
+    for text in rest:
+        if len(batch) == n_texts:
+            break
+        if len(text.tokens) <= min(room, len(first.tokens)):
+            batch.append(text)
+            room -= len(text.tokens)
+    return batch
+
+
+def normalized(vectors: Floats) -> Floats:
+    """Each row scaled to length 1; a row of zeros stays as it is."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)

@@ -1,0 +1,453 @@
+"""LlamaEngine: `base.Engine` over llama.cpp.
+
+llama.cpp answers misuse with abort(): a row too many, a sequence id out of range, a sample from a row
+without logits end the process. So the engine keeps each sequence's length and the last decode's output
+rows in Python, and refuses before C is reached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from llama_worker._config import ModelConfig
+from llama_worker._engine.base import (
+    DecodeStatus,
+    EngineLimits,
+    Floats,
+    LoadedModel,
+    ModelInfo,
+    Sampler,
+    Span,
+    TokenIds,
+)
+from llama_worker._engine.batch import Batch
+from llama_worker._engine.context import AbortSwitch, new_context, threads
+from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
+from llama_worker._engine.library import Library, Pointer, library
+from llama_worker._engine.log import collected_log, error_lines, hold_log, release_log
+from llama_worker._engine.sampler import LlamaSampler, SamplingVocab, new_sampler
+from llama_worker._engine.vocabulary import LlamaVocabulary
+from llama_worker._errors import ConfigError, GenerationError, ModelLoadError, UnsupportedFeatureError
+from llama_worker._memory import check_fits
+from llama_worker._models import read_info, resolve
+from llama_worker._requests import SamplingParams
+
+_SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2}
+_LOAD_MODES: Final = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap_mlock": 3, "direct_io": 4}
+_FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
+_INFINITY: Final = float("inf")
+
+
+def load(config: ModelConfig) -> LoadedModel:
+    """Load `config.model` on the calling thread, which then owns the engine. Blocks.
+
+    Raises ModelLoadError (also ModelNotFoundError, InsufficientMemoryError), EngineVersionError, and
+    ConfigError for what only the installed library can tell.
+    """
+    path = resolve(config.model)
+    info = read_info(path)
+    check_fits(info, config)
+    vocabulary = LlamaVocabulary(path)
+    return LoadedModel(engine=LlamaEngine(config, path, info), vocabulary=vocabulary, info=info)
+
+
+class LlamaEngine:
+    """One loaded model. Every method belongs to the thread that constructed it (RuntimeError elsewhere).
+
+    The constructor blocks until the weights are read and raises what `load` raises.
+    """
+
+    def __init__(self, config: ModelConfig, path: Path, info: ModelInfo) -> None:
+        self._thread = threading.get_ident()
+        self._config, self._info = config, info
+        self._lib = library()
+        self.abort_flag = AbortSwitch()
+        self._samplers: weakref.WeakSet[LlamaSampler] = weakref.WeakSet()
+        with ExitStack() as stack:
+            self._model = _load_model(self._lib, stack, config, path)
+            self._n_vocab = _n_vocab(self._lib.api, self._model)
+            self._generator = self._new_generator(stack)
+            stack.callback(_close_all, self._samplers)
+            self._stack = stack.pop_all()
+        self._embedder: Embedder | None = None
+        # An engine that is dropped gives its memory back; at exit another thread may still be in it.
+        self._free = weakref.finalize(self, self._stack.close)
+        self._free.atexit = False
+        self.limits = self._limits()
+
+    def decode(self, spans: Sequence[Span]) -> DecodeStatus:
+        """See `base.Engine`."""
+        return self._require_generator().decode(spans)
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        """See `base.Engine`. Raises GenerationError when no token can be chosen."""
+        generator = self._require_generator()
+        if not isinstance(sampler, LlamaSampler) or sampler.closed:
+            raise ValueError(f"sampler={sampler!r}: not an open sampler of this engine")
+        return generator.sample(row, sampler)
+
+    def logits(self, row: int) -> Floats:
+        """See `base.Engine`."""
+        return self._require_generator().logits(row)
+
+    def new_sampler(self, params: SamplingParams, history: TokenIds) -> LlamaSampler:
+        """See `base.Engine`."""
+        sampler = new_sampler(self._lib, self._require_generator().vocab, params, history)
+        self._samplers.add(sampler)
+        return sampler
+
+    def seq_end(self, seq: int) -> int:
+        """See `base.Engine`."""
+        return self._require_generator().seq_end(seq)
+
+    def seq_trim(self, seq: int, length: int) -> bool:
+        """See `base.Engine`."""
+        return self._require_generator().seq_trim(seq, length)
+
+    def seq_clear(self, seq: int) -> None:
+        """See `base.Engine`."""
+        self._require_generator().seq_clear(seq)
+
+    def seq_share(self, source: int, target: int, length: int) -> None:
+        """See `base.Engine`."""
+        self._require_generator().seq_share(source, target, length)
+
+    def embed(self, texts: Sequence[TokenIds]) -> Floats:
+        """See `base.Engine`. The first call creates the embedding context (ModelLoadError if it cannot)."""
+        self._enter()
+        if not self.limits.embeds:
+            raise UnsupportedFeatureError("embedding", "this model scores pairs; use one that pools to a vector")
+        _check_texts(texts, self.limits)
+        if not texts:
+            return np.empty((0, self.limits.n_embd), np.float32)
+        if self._embedder is None:
+            self._embedder = self._new_embedder()
+        return self._embedder.embed(texts)
+
+    def close(self) -> None:
+        """See `base.Engine`."""
+        if self._free.alive:
+            self._enter()
+            self._free()
+
+    def _enter(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("an engine may only be used by the thread that loaded it")
+        if not self._free.alive:
+            raise RuntimeError("the engine is closed")
+
+    def _require_generator(self) -> _Generator:
+        self._enter()
+        if self._generator is None:
+            raise UnsupportedFeatureError("generation", "this is an embedding model; use embed()")
+        return self._generator
+
+    def _new_generator(self, stack: ExitStack) -> _Generator | None:
+        api = self._lib.api
+        if self._info.is_embedding or not _is_causal_decoder(api, self._model):
+            return None
+        return _Generator(self._lib, stack, self._model, self._config, self._info, self.abort_flag)
+
+    def _new_embedder(self) -> Embedder:
+        with ExitStack() as stack:
+            embedder = Embedder(self._lib, stack, self._model, self._config, self._info, self.abort_flag)
+            self._stack.push(stack.pop_all())
+        return embedder
+
+    def _limits(self) -> EngineLimits:
+        n_embed_tokens, n_embed_text, n_embed_seq = embedding_limits(self._config, self._info)
+        generator = self._generator
+        return EngineLimits(
+            n_ctx=generator.n_ctx if generator else 0,
+            n_batch=generator.n_batch if generator else 0,
+            n_ubatch=generator.n_ubatch if generator else 0,
+            n_seq=generator.n_seq if generator else 0,
+            n_vocab=self._n_vocab,
+            n_embd=self._lib.api.llama_model_n_embd_out(self._model),
+            can_trim=generator.can_trim if generator else False,
+            can_share=generator.can_share if generator else False,
+            generates=generator is not None,
+            embeds=can_embed(self._config, self._info),
+            n_embed_tokens=n_embed_tokens,
+            n_embed_text=n_embed_text,
+            n_embed_seq=n_embed_seq,
+        )
+
+
+class _Generator:
+    """The generation context and what llama.cpp does not check of it. The engine's thread."""
+
+    def __init__(
+        self,
+        lib: Library,
+        stack: ExitStack,
+        model: Pointer,
+        config: ModelConfig,
+        info: ModelInfo,
+        abort: AbortSwitch,
+    ) -> None:
+        api = lib.api
+        params = _generation_params(api, config)
+        self._lib = lib
+        self._context = new_context(lib, stack, model, params, abort)
+        self._memory: Pointer = api.llama_get_memory(self._context)
+        if not self._memory:
+            raise ModelLoadError(f"{info.name} ({info.architecture}) keeps no context; it cannot generate")
+        self.n_ctx: int = api.llama_n_ctx(self._context)
+        self.n_batch: int = api.llama_n_batch(self._context)
+        self.n_ubatch: int = api.llama_n_ubatch(self._context)
+        self.n_seq: int = api.llama_n_seq_max(self._context)
+        self._n_outputs: int = params.n_outputs_max
+        self.vocab = _sampling_vocab(lib, model, self.n_ctx)
+        self._n_vocab = self.vocab.n_tokens
+        self._batch = Batch(lib, self.n_batch, self.n_seq)
+        stack.callback(self._batch.free)
+        self._window = 0 if config.swa_full else int(api.llama_model_n_swa(model))
+        self._ends = [0] * self.n_seq
+        self._output_rows: frozenset[int] = frozenset()
+        self._views: dict[int, Floats] = {}
+        stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
+        self.can_trim = not stateful and self._probe_trim()
+        self.can_share = not stateful and not self._window
+        lib.short.llama_memory_clear(self._memory, True)
+
+    def decode(self, spans: Sequence[Span]) -> DecodeStatus:
+        ends, outputs = self._checked(spans)
+        self._output_rows = frozenset()  # the next call overwrites the logits, whatever comes of it
+        self._batch.fill(spans)
+        hold_log()
+        code = self._lib.api.llama_decode(self._context, self._batch.native)
+        release_log(expected=code >= 0)
+        if code == 0:
+            self._lib.api.llama_synchronize(self._context)
+            self._ends, self._output_rows = ends, frozenset(outputs)
+            return DecodeStatus.OK
+        self._resync(spans, code)
+        return DecodeStatus(code) if code in _KNOWN_CODES else DecodeStatus.COMPUTE_FAILED
+
+    def sample(self, row: int, sampler: LlamaSampler) -> int:
+        best = self.logits(row).max()
+        if not -_INFINITY < best < _INFINITY:  # the samplers sort, and NaN has no order
+            raise GenerationError("the model's logits are not finite numbers; its weights may be damaged")
+        token: int = self._lib.short.llama_sampler_sample(sampler.pointer, self._context, row)
+        if token in sampler.banned:
+            raise GenerationError("no token was left to choose; loosen logit_bias, ignore_eos or dry_multiplier")
+        return token
+
+    def logits(self, row: int) -> Floats:
+        if row not in self._output_rows:
+            raise ValueError(f"row={row}: the last decode computed logits for {sorted(self._output_rows)}")
+        address = self._lib.short.llama_get_logits_ith(self._context, row)
+        if not address:
+            raise GenerationError(f"row {row} has no logits")
+        view = self._views.get(address)
+        return self._view(address) if view is None else view
+
+    def seq_end(self, seq: int) -> int:
+        self._check_seq(seq)
+        return self._ends[seq]
+
+    def seq_trim(self, seq: int, length: int) -> bool:
+        self._check_seq(seq)
+        end = self._ends[seq]
+        if not 0 <= length <= end:
+            raise ValueError(f"length={length}: sequence {seq} holds {end} tokens")
+        if length == end:
+            return True
+        if length == 0:
+            self.seq_clear(seq)
+            return True
+        if not self.can_trim or not self._window_holds(seq, length):
+            return False
+        if not self._lib.short.llama_memory_seq_rm(self._memory, seq, length, -1):
+            return False
+        self._ends[seq] = length
+        return True
+
+    def seq_clear(self, seq: int) -> None:
+        self._check_seq(seq)
+        self._lib.short.llama_memory_seq_rm(self._memory, seq, -1, -1)
+        self._ends[seq] = 0
+
+    def seq_share(self, source: int, target: int, length: int) -> None:
+        self._check_seq(source)
+        self._check_seq(target)
+        if not self.can_share:
+            raise ValueError("this model cannot share a prefix (limits.can_share)")
+        if source == target or self._ends[target]:
+            raise ValueError(f"target={target}: must be another sequence and empty, it holds {self._ends[target]}")
+        if not 0 < length <= self._ends[source]:
+            raise ValueError(f"length={length}: sequence {source} holds {self._ends[source]} tokens")
+        self._lib.short.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        self._ends[target] = length
+
+    def _checked(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Each sequence's length after `spans`, and the output rows. Raises ValueError."""
+        ends = self._ends.copy()
+        outputs: list[int] = []
+        rows = 0
+        for seq, start, tokens, output in spans:
+            self._check_seq(seq)
+            n = len(tokens)
+            if start != ends[seq] or not n:
+                raise ValueError(f"span of {n} rows at {start}: sequence {seq} continues at {ends[seq]}")
+            low, high = (tokens[0], tokens[0]) if n == 1 else (tokens.min(), tokens.max())
+            if low < 0 or high >= self._n_vocab:
+                raise ValueError(f"token ids {low} … {high}: the model has 0 … {self._n_vocab - 1}")
+            ends[seq] = start + n
+            rows += n
+            if output:
+                outputs.append(rows - 1)
+        if not 0 < rows <= self.n_batch or len(outputs) > self._n_outputs:
+            raise ValueError(
+                f"{rows} rows, {len(outputs)} outputs: at most {self.n_batch} rows and {self._n_outputs} outputs a call"
+            )
+        return ends, outputs
+
+    def _check_seq(self, seq: int) -> None:
+        if not 0 <= seq < self.n_seq:
+            raise ValueError(f"seq={seq}: out of range 0 … {self.n_seq - 1}")
+
+    def _resync(self, spans: Sequence[Span], code: int) -> None:
+        """Learn what a failed decode left. KV_FULL and INVALID leave everything as it was."""
+        if code in (DecodeStatus.KV_FULL, DecodeStatus.INVALID):
+            return
+        for seq in {span.seq for span in spans}:
+            self._ends[seq] = self._lib.short.llama_memory_seq_pos_max(self._memory, seq) + 1
+            # A state that was half updated, or a window that lost cells, continues nothing.
+            if not self.can_trim or not self._window_holds(seq, self._ends[seq]):
+                self.seq_clear(seq)
+
+    def _window_holds(self, seq: int, length: int) -> bool:
+        """Whether the cells that a token at `length` attends to are all there (sliding windows drop them)."""
+        if not self._window:
+            return True
+        first: int = self._lib.short.llama_memory_seq_pos_min(self._memory, seq)
+        return first <= max(0, length - self._window)
+
+    def _probe_trim(self) -> bool:
+        """Ask the memory itself: decode two tokens and take one away."""
+        probe = Span(seq=0, start=0, tokens=np.zeros(2, np.int32), output=True)
+        if self.decode([probe]) != DecodeStatus.OK:
+            raise ModelLoadError("the model does not compute: decoding two tokens failed")
+        trimmed = bool(self._lib.short.llama_memory_seq_rm(self._memory, 0, 1, -1))
+        self._ends[0] = 0
+        self._output_rows = frozenset()
+        return trimmed
+
+    def _view(self, address: int) -> Floats:
+        if len(self._views) > 2 * self._n_outputs:  # the output buffer has moved
+            self._views.clear()
+        array = (ctypes.c_float * self._n_vocab).from_address(address)
+        view = np.frombuffer(memoryview(array).cast("B"), dtype=np.float32)
+        self._views[address] = view
+        return view
+
+
+_KNOWN_CODES: Final = frozenset(int(status) for status in DecodeStatus)
+
+
+def _load_model(lib: Library, stack: ExitStack, config: ModelConfig, path: Path) -> Pointer:
+    params, keep_alive = _model_params(lib.api, config)
+    with collected_log() as lines:
+        model = lib.api.llama_model_load_from_file(os.fsencode(path), params)
+    del keep_alive
+    if not model:
+        raise ModelLoadError(f"{path.name} could not be loaded: {error_lines(lines)}")
+    stack.callback(lib.api.llama_model_free, model)
+    return model
+
+
+def _model_params(api: Any, config: ModelConfig) -> tuple[Any, object]:
+    """The parameters, and what must stay alive while they are used."""
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = config.n_gpu_layers
+    params.main_gpu = config.main_gpu
+    params.split_mode = _SPLIT_MODES[config.split_mode]
+    params.load_mode = _LOAD_MODES[config.load_mode]
+    if config.tensor_split is None:
+        return params, None
+    n_devices = api.llama_max_devices()
+    if len(config.tensor_split) > n_devices:
+        raise ConfigError("tensor_split", config.tensor_split, f"at most {n_devices} devices")
+    shares = (ctypes.c_float * n_devices)(*config.tensor_split)
+    params.tensor_split = shares
+    return params, shares
+
+
+def _generation_params(api: Any, config: ModelConfig) -> Any:
+    params = api.llama_context_default_params()
+    n_cells = config.n_kv_cells or config.n_ctx  # 0 means the trained context
+    params.n_ctx = -(-n_cells // 256) * 256
+    params.n_batch = config.n_batch
+    params.n_ubatch = min(config.n_ubatch, config.n_batch)
+    params.n_seq_max = params.n_outputs_max = config.n_parallel
+    params.n_threads, params.n_threads_batch = threads(config)
+    params.flash_attn_type = _FLASH_ATTN[config.flash_attn]
+    params.type_k = getattr(api, f"GGML_TYPE_{config.type_k.upper()}")
+    params.type_v = getattr(api, f"GGML_TYPE_{config.type_v.upper()}")
+    params.swa_full = config.swa_full
+    params.offload_kqv = config.offload_kqv
+    params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
+    params.kv_unified = True
+    return params
+
+
+def _is_causal_decoder(api: Any, model: Pointer) -> bool:
+    return bool(
+        api.llama_model_has_decoder(model)
+        and not api.llama_model_has_encoder(model)
+        and not api.llama_model_is_diffusion(model)
+    )
+
+
+def _n_vocab(api: Any, model: Pointer) -> int:
+    return int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(model)))
+
+
+def _sampling_vocab(lib: Library, model: Pointer, n_ctx: int) -> SamplingVocab:
+    vocab: Pointer = lib.api.llama_model_get_vocab(model)
+    n_tokens = _n_vocab(lib.api, model)
+    return SamplingVocab(
+        pointer=vocab,
+        n_tokens=n_tokens,
+        n_ctx=n_ctx,
+        end_tokens=frozenset(token for token in range(n_tokens) if lib.short.llama_vocab_is_eog(vocab, token)),
+        suppressed=_suppressed(lib.api, vocab),
+    )
+
+
+def _suppressed(api: Any, vocab: Pointer) -> frozenset[int]:
+    if not hasattr(api, "llama_vocab_get_suppress_tokens"):
+        return frozenset()
+    n = ctypes.c_int32(0)
+    tokens = api.llama_vocab_get_suppress_tokens(vocab, ctypes.byref(n))
+    return frozenset(tokens[: n.value]) if tokens and n.value > 0 else frozenset()
+
+
+def _check_texts(texts: Sequence[TokenIds], limits: EngineLimits) -> None:
+    lengths = [len(text) for text in texts]
+    if len(texts) > limits.n_embed_seq or sum(lengths) > limits.n_embed_tokens:
+        raise ValueError(
+            f"{len(texts)} texts of {sum(lengths)} tokens: at most {limits.n_embed_seq} texts "
+            f"and {limits.n_embed_tokens} tokens a call"
+        )
+    if lengths and not 0 < min(lengths) <= max(lengths) <= limits.n_embed_text:
+        raise ValueError(f"texts of {min(lengths)} … {max(lengths)} tokens: must be 1 … {limits.n_embed_text}")
+    for text in texts:
+        if text.min() < 0 or text.max() >= limits.n_vocab:
+            raise ValueError(f"token ids {text.min()} … {text.max()}: the model has 0 … {limits.n_vocab - 1}")
+
+
+def _close_all(samplers: weakref.WeakSet[LlamaSampler]) -> None:
+    for sampler in list(samplers):
+        sampler.close()

@@ -1,0 +1,93 @@
+"""llama.cpp's log, forwarded to `logging.getLogger("llama_worker.llama_cpp")`.
+
+llama.cpp may log from any thread and in pieces of lines; each thread's pieces are joined apart. A thread
+may hold its lines back while a call runs whose failure is reported by its return code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+logger = logging.getLogger("llama_worker.llama_cpp")
+# Without a handler of the application's own, Python would print warnings to stderr.
+logger.addHandler(logging.NullHandler())
+
+_LEVELS: Final = {0: logging.DEBUG, 1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG}
+_CONTINUED: Final = 5
+
+
+class _ThreadLog(threading.local):
+    """The unfinished line of one thread, and the lines that it holds back."""
+
+    def __init__(self) -> None:
+        self.level = logging.INFO
+        self.pending = ""
+        self.held: deque[tuple[int, str]] | None = None
+
+    def add(self, level: int, text: str) -> None:
+        if level != _CONTINUED:
+            self.flush()
+            self.level = _LEVELS.get(level, logging.INFO)
+        self.pending += text
+        if self.pending.endswith("\n"):
+            self.flush()
+
+    def flush(self) -> None:
+        line, self.pending = self.pending.rstrip(), ""
+        if not line.strip("."):  # nothing, or a progress bar
+            return
+        if self.held is None:
+            logger.log(self.level, "%s", line)
+        else:
+            self.held.append((self.level, line))
+
+
+_log = _ThreadLog()
+
+
+def _forward(level: int, text: bytes | None, _user_data: int | None) -> None:
+    with contextlib.suppress(Exception):
+        _log.add(level, (text or b"").decode("utf-8", "replace"))
+
+
+forward_log: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_forward)
+"""The callback for llama_log_set. Any thread; never raises."""
+
+
+@contextlib.contextmanager
+def collected_log() -> Iterator[deque[tuple[int, str]]]:
+    """Collect what this thread logs, newest last, and forward it at the end."""
+    lines: deque[tuple[int, str]] = deque(maxlen=2000)
+    outer, _log.held = _log.held, lines
+    try:
+        yield lines
+    finally:
+        _log.flush()
+        _log.held = outer
+        for level, line in lines:
+            logger.log(level, "%s", line)
+
+
+def hold_log() -> None:
+    """Hold this thread's lines back until `drop_held` or `forward_held`."""
+    _log.held = deque(maxlen=100)
+
+
+def release_log(*, expected: bool) -> None:
+    """Forward the held lines; those of an expected outcome only for debugging."""
+    _log.flush()
+    held, _log.held = _log.held or (), None
+    for level, line in held:
+        logger.log(logging.DEBUG if expected else level, "%s", line)
+
+
+def error_lines(lines: deque[tuple[int, str]], limit: int = 3) -> str:
+    """The last errors among collected lines, for a message."""
+    errors = [line for level, line in lines if level >= logging.ERROR]
+    return "; ".join(errors[-limit:]) or "llama.cpp gave no reason"

@@ -1,0 +1,184 @@
+"""SamplingParams as a chain of llama.cpp's samplers.
+
+Order, as in llama.cpp's own tools: bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC,
+temperature, draw. A step that would change nothing is left out, so the default chain sorts 40 candidates
+and no more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llama_worker._engine.base import TokenIds
+from llama_worker._engine.library import Library, Pointer
+from llama_worker._errors import InvalidRequestError
+from llama_worker._requests import SamplingParams
+
+_NO_TOKEN_FOR: Final = float("-inf")
+# Beyond these, float32 arithmetic in the chain overflows to infinities that no longer compare.
+_LARGEST_BIAS: Final = 1e4
+_COLDEST: Final = 1e-3
+_SMALLEST_PENALTY: Final = 1e-2
+_MIROSTAT_CANDIDATES: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingVocab:
+    """What building a chain needs of the loaded model. `suppressed` are tokens that the model must not say."""
+
+    pointer: Pointer
+    n_tokens: int
+    n_ctx: int
+    end_tokens: frozenset[int]
+    suppressed: frozenset[int]
+
+
+class LlamaSampler:
+    """A chain and its state. Belongs to one generation and to the engine's thread.
+
+    `banned` tokens can only come out when no other token is left. The chain is freed by `close`, or
+    with the last reference.
+    """
+
+    __slots__ = ("__weakref__", "_free", "banned", "pointer")
+
+    def __init__(self, lib: Library, pointer: Pointer, banned: frozenset[int]) -> None:
+        self.pointer = pointer
+        self.banned = banned
+        self._free = weakref.finalize(self, lib.api.llama_sampler_free, pointer)
+        self._free.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        return not self._free.alive
+
+    def close(self) -> None:
+        """Free the chain. Idempotent."""
+        self._free()
+
+
+def new_sampler(lib: Library, vocab: SamplingVocab, params: SamplingParams, history: TokenIds) -> LlamaSampler:
+    """A chain for `params` that has seen `history`. Raises InvalidRequestError."""
+    biases = _biases(vocab, params)
+    banned = frozenset(token for token, bias in biases.items() if bias == _NO_TOKEN_FOR)
+    if len(banned) >= vocab.n_tokens:
+        raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
+    pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
+    sampler = LlamaSampler(lib, pointer, banned)
+    for link in _links(lib.api, vocab, params, biases):
+        lib.api.llama_sampler_chain_add(pointer, link)
+    for token in history[-_reach(vocab, params) :].tolist() if _reach(vocab, params) else ():
+        lib.short.llama_sampler_accept(pointer, token)
+    return sampler
+
+
+def _links(api: Any, vocab: SamplingVocab, params: SamplingParams, biases: dict[int, float]) -> Iterator[Pointer]:
+    if biases:
+        pairs = (api.llama_logit_bias * len(biases))(*biases.items())
+        yield api.llama_sampler_init_logit_bias(vocab.n_tokens, len(biases), pairs)
+    yield from _repetition(api, vocab, params)
+    seed = secrets.randbelow(2**32 - 1) if params.seed is None else params.seed
+    if params.temperature < _COLDEST:
+        yield api.llama_sampler_init_greedy()
+    elif params.mirostat:
+        yield api.llama_sampler_init_temp(params.temperature)
+        yield _mirostat(api, vocab, params, seed)
+    else:
+        yield from _truncation(api, params, seed)
+        yield api.llama_sampler_init_temp_ext(*_temperature(params))
+        yield api.llama_sampler_init_dist(seed)
+
+
+def _repetition(api: Any, vocab: SamplingVocab, params: SamplingParams) -> Iterator[Pointer]:
+    if last_n := _penalty_reach(vocab, params):
+        repeat = max(_SMALLEST_PENALTY, params.repeat_penalty)
+        penalties = (repeat, params.frequency_penalty, params.presence_penalty)
+        yield api.llama_sampler_init_penalties(vocab.n_tokens, last_n, *penalties)
+    if last_n := _dry_reach(vocab, params):
+        breakers = [_breaker(text) for text in params.dry_sequence_breakers]
+        yield api.llama_sampler_init_dry(
+            vocab.pointer,
+            params.dry_multiplier,
+            params.dry_base,
+            params.dry_allowed_length,
+            last_n,
+            (ctypes.c_char_p * len(breakers))(*breakers),
+            len(breakers),
+        )
+
+
+def _truncation(api: Any, params: SamplingParams, seed: int) -> Iterator[Pointer]:
+    if params.top_n_sigma > 0:
+        yield api.llama_sampler_init_top_n_sigma(params.top_n_sigma)
+    if params.top_k > 0:
+        yield api.llama_sampler_init_top_k(params.top_k)
+    if params.typical_p < 1:
+        yield api.llama_sampler_init_typical(params.typical_p, 1)
+    if params.top_p < 1:
+        yield api.llama_sampler_init_top_p(params.top_p, 1)
+    if params.min_p > 0:
+        yield api.llama_sampler_init_min_p(params.min_p, 1)
+    if params.xtc_probability > 0 and params.xtc_threshold <= 0.5:
+        yield api.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed)
+
+
+def _mirostat(api: Any, vocab: SamplingVocab, params: SamplingParams, seed: int) -> Pointer:
+    tau, eta = params.mirostat_tau, params.mirostat_eta
+    if params.mirostat == 1:
+        return api.llama_sampler_init_mirostat(vocab.n_tokens, seed, tau, eta, _MIROSTAT_CANDIDATES)
+    return api.llama_sampler_init_mirostat_v2(seed, tau, eta)
+
+
+def _temperature(params: SamplingParams) -> tuple[float, float, float]:
+    """Middle, half width and exponent of the dynamic temperature; its lower end stays above zero."""
+    low = max(_COLDEST, params.temperature - params.dynatemp_range)
+    high = params.temperature + params.dynatemp_range
+    return (low + high) / 2, (high - low) / 2, params.dynatemp_exponent
+
+
+def _biases(vocab: SamplingVocab, params: SamplingParams) -> dict[int, float]:
+    """The bias of each token, -inf for a ban; bans win."""
+    biases: dict[int, float] = {}
+    for token, bias in params.logit_bias:
+        if not 0 <= token < vocab.n_tokens:
+            raise InvalidRequestError("logit_bias", token, f"no token id; the model has 0 … {vocab.n_tokens - 1}")
+        biases[token] = biases.get(token, 0.0) + bias
+    for token, bias in biases.items():
+        if bias > _LARGEST_BIAS:
+            raise InvalidRequestError("logit_bias", bias, f"larger than {_LARGEST_BIAS:g}; 100 decides already")
+        if bias < -_LARGEST_BIAS:
+            biases[token] = _NO_TOKEN_FOR
+    banned = vocab.suppressed | vocab.end_tokens if params.ignore_eos else vocab.suppressed
+    return biases | dict.fromkeys(banned, _NO_TOKEN_FOR)
+
+
+def _reach(vocab: SamplingVocab, params: SamplingParams) -> int:
+    """How many of the latest tokens the chain looks back at."""
+    return max(_penalty_reach(vocab, params), _dry_reach(vocab, params))
+
+
+def _penalty_reach(vocab: SamplingVocab, params: SamplingParams) -> int:
+    if params.repeat_penalty == 1 and not params.frequency_penalty and not params.presence_penalty:
+        return 0
+    return _last_n(params.repeat_last_n, vocab.n_ctx)
+
+
+def _dry_reach(vocab: SamplingVocab, params: SamplingParams) -> int:
+    return _last_n(params.dry_penalty_last_n, vocab.n_ctx) if params.dry_multiplier else 0
+
+
+def _last_n(value: int, n_ctx: int) -> int:
+    return n_ctx if value < 0 else min(value, n_ctx)
+
+
+def _breaker(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        reason = "half a surrogate pair is no valid Unicode"
+        raise InvalidRequestError("dry_sequence_breakers", f"<str, {len(text)} characters>", reason) from None

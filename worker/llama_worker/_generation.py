@@ -1,0 +1,112 @@
+"""Generation: one request that is being served. Its tokens, its slot, and where it stands between them.
+
+`tokens` are all that are known: the prompt and what was sampled. The slot holds the first of them, those
+whose KV is computed. The difference is what is left to decode: many rows of a prompt, or the one token
+that was sampled last. A generation that lost its slot has simply everything left to decode.
+"""
+
+from __future__ import annotations
+
+from llama_worker._commands import Generate
+from llama_worker._engine.base import Sampler, Vocabulary
+from llama_worker._events import Failed, FinishReason, Usage
+from llama_worker._prefix_cache import Slot
+from llama_worker._reply import ReplyPipeline
+from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
+
+
+class Generation:
+    """One live request. The worker thread's; `slot` is None while it waits for a seat."""
+
+    __slots__ = (
+        "cached",
+        "command",
+        "n_prompt",
+        "order",
+        "passed_over",
+        "reply",
+        "sampler",
+        "slot",
+        "started_over",
+        "tokens",
+    )
+
+    def __init__(self, command: Generate, vocabulary: Vocabulary, order: int) -> None:
+        job = command.job
+        self.command = command
+        self.order = order
+        self.tokens = TokenBuffer(job.prompt)
+        self.n_prompt = len(job.prompt)
+        self.reply = ReplyPipeline(vocabulary.pieces, job.request.params.stop)
+        self.slot: Slot | None = None
+        self.sampler: Sampler | None = None
+        self.cached: int | None = None
+        self.passed_over = 0
+        self.started_over = False
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.order}: {self.n_prompt} + {self.n_sampled} tokens, {self.n_left} left>"
+
+    @property
+    def n_sampled(self) -> int:
+        return self.tokens.n - self.n_prompt
+
+    @property
+    def n_resident(self) -> int:
+        """Tokens whose KV is computed."""
+        return 0 if self.slot is None else self.slot.n
+
+    @property
+    def n_left(self) -> int:
+        """Tokens to decode before the next one can be sampled; at least 1."""
+        return self.tokens.n - self.n_resident
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.n_left == 1 and self.n_sampled > 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it ever had a slot."""
+        return self.cached is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.command.cancel.cancelled
+
+    @property
+    def sampled(self) -> TokenIds:
+        return self.tokens.part(self.n_prompt, self.tokens.n)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.n_prompt,
+            completion_tokens=self.n_sampled,
+            cached_tokens=min(self.cached or 0, self.n_prompt),
+        )
+
+    def will_share(self, prompt: TokenIds) -> int:
+        """How long a prefix of `prompt` this generation holds once its own prompt is decoded."""
+        return min(common_prefix(self.tokens.view, prompt), len(prompt) - 1)
+
+    def end_reason(self) -> FinishReason | None:
+        """Why it is over after the token that was accepted last, or None."""
+        if self.reply.stopped:
+            return "stop"
+        return "length" if self.n_sampled >= self.command.job.max_tokens else None
+
+    def flush(self) -> str:
+        """Show what was held back; the whole text."""
+        delta = self.reply.flush()
+        if delta is not None:
+            self.command.sink.put(delta)
+        return self.reply.text
+
+    def finish(self, reason: FinishReason) -> None:
+        """Say the last word, behind what was held back."""
+        self.flush()
+        self.command.sink.put(self.reply.finished(reason, self.usage))
+
+    def fail(self, error: Exception) -> None:
+        self.command.sink.put(Failed(error=error, text=self.reply.text, usage=self.usage))

@@ -1,0 +1,159 @@
+"""Where a model comes from, and what its header says of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llama_worker import _demo_models
+from llama_worker._engine.base import ModelInfo
+from llama_worker._engine.header import Header, read_header
+from llama_worker._errors import ModelLoadError, ModelNotFoundError
+
+_MIB: Final = 2**20
+_POOLING: Final = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+# They have no output head at all; some of their files do not say how they pool.
+_ENCODERS: Final = frozenset(
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "t5encoder",
+    }
+)
+# Key prefixes, after the architecture, that only models with a recurrent state have.
+_STATE_KEYS: Final = ("ssm.", "wkv.", "shortconv.", "kda.", "token_shift_count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFile:
+    """A GGUF file as its header describes it. `headers` has one entry for each shard of a split model."""
+
+    info: ModelInfo
+    headers: tuple[Header, ...]
+
+    @property
+    def header(self) -> Header:
+        return self.headers[0]
+
+
+def resolve(model: str) -> Path:
+    """The GGUF file that `model` names: a path, or demo://NAME. May convert a demo model, once, which blocks
+    for a second or two.
+
+    Raises ModelNotFoundError, whose text says what to install or mend; ModelLoadError.
+    """
+    scheme, separator, name = model.partition("://")
+    if not separator:
+        return _existing_file(Path(model).expanduser().absolute())
+    if scheme == "demo":
+        return _demo_models.locate(name)
+    if scheme == "hf":
+        raise ModelNotFoundError(f"model={model!r}: hf:// is not offered yet; download the GGUF file and give its path")
+    raise ModelNotFoundError(f"model={model!r}: unknown scheme {scheme!r}; give a path to a GGUF file, or demo://NAME")
+
+
+def inspect_model(model: str) -> ModelInfo:
+    """What the header of `model` says, without loading it. Takes milliseconds; any thread.
+
+    `model` is a path to a GGUF file, or demo://NAME. Raises ModelNotFoundError and ModelLoadError.
+    """
+    return read_info(resolve(model))
+
+
+def read_info(path: Path) -> ModelInfo:
+    """`inspect_model` for a file. Raises ModelNotFoundError and ModelLoadError."""
+    return read_model(path).info
+
+
+def read_model(path: Path) -> ModelFile:
+    """The file at `path`, read again only when it has changed. Raises ModelNotFoundError, ModelLoadError."""
+    stat = _existing_file(path).stat()
+    try:
+        return _read_model(path, stat.st_mtime_ns, stat.st_size)
+    except OSError as failed:
+        raise ModelLoadError(f"{path.name} cannot be read: {failed.strerror or failed}") from failed
+
+
+def _existing_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ModelNotFoundError(f"{path.name} is a folder; give the path of a .gguf file in it")
+    raise ModelNotFoundError(f"there is no file {path.name} in {path.parent}; check the path")
+
+
+@functools.lru_cache(maxsize=64)
+def _read_model(path: Path, _mtime: int, _size: int) -> ModelFile:
+    first = read_header(path)
+    shards = _shards(path, first)
+    headers = (first, *map(read_header, shards[1:]))
+    return ModelFile(info=_info(path, shards, headers), headers=headers)
+
+
+def _shards(path: Path, header: Header) -> tuple[Path, ...]:
+    """All files of a split model, in order: llama.cpp opens the others by the name of the first."""
+    count = header.integer("split.count", 1)
+    if count <= 1:
+        return (path,)
+    name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if name is None or int(name[2]) != count:
+        raise ModelLoadError(
+            f"{path.name} is one of {count} parts; give the path of the first, named …-00001-of-{count:05d}.gguf"
+        )
+    return tuple(_existing_file(path.with_name(f"{name[1]}-{i:05d}-of-{name[2]}.gguf")) for i in range(1, count + 1))
+
+
+def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> ModelInfo:
+    header = headers[0]
+    architecture = header.text("general.architecture")
+    if not architecture:
+        raise ModelLoadError(f"{path.name} does not name its architecture (general.architecture); it is no model file")
+    key = f"{architecture}.".__add__
+    n_head = header.integer(key("attention.head_count"))
+    has_state = any(name.startswith(key(state)) for name in header.values for state in _STATE_KEYS)
+    pooling = header.values.get(key("pooling_type"))
+    return ModelInfo(
+        name=path.stem,
+        path=str(path),
+        architecture=architecture,
+        size=sum(shard.stat().st_size for shard in shards),
+        n_params=sum(part.n_params for part in headers),
+        n_vocab=header.lengths.get("tokenizer.ggml.tokens", header.integer(key("vocab_size"))),
+        n_ctx_train=header.integer(key("context_length")),
+        n_embd=header.integer(key("embedding_length")),
+        n_layer=header.integer(key("block_count")),
+        n_head=n_head,
+        n_head_kv=header.integer(key("attention.head_count_kv"), n_head),
+        chat_template=header.text("tokenizer.chat_template"),
+        pooling=_POOLING.get(pooling) if isinstance(pooling, int) else None,
+        is_recurrent=has_state and n_head == 0,
+        is_hybrid=has_state and n_head > 0,
+        n_swa=header.integer(key("attention.sliding_window")),
+        is_embedding=architecture in _ENCODERS or bool(pooling),
+        digest=_digest(shards, headers),
+    )
+
+
+def _digest(shards: Sequence[Path], headers: Sequence[Header]) -> str:
+    """Identifies the content without reading gigabytes: header, layout, size and samples of the weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, header in zip(shards, headers, strict=True):
+        with path.open("rb") as file:
+            digest.update(file.read(header.start + _MIB))
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read())
+        digest.update(size.to_bytes(8, "little"))
+    return digest.hexdigest()

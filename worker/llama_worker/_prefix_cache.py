@@ -1,0 +1,264 @@
+"""Which sequence holds which tokens, and which of them a new prompt may start from.
+
+A Slot is a place: one llama.cpp seq_id and the tokens whose KV it holds. It outlives requests, so prefix
+reuse is the question which slot already holds most of a prompt. Three answers, in this order:
+
+1. take over: an idle slot that would be reused (nearly) whole is lent as it is, its tail trimmed;
+2. share: the prefix is copied into a slot of its own; in a unified KV cache the copy is free, the cells
+   are only marked as belonging to both sequences. This is how many agents share one system prompt;
+3. start over: the slot whose loss costs least is cleared.
+
+Cells, not tokens, are what the cache is short of: a shared prefix occupies its cells once. `Cells` keeps
+the count that llama.cpp does not report.
+
+Everything here is bookkeeping. What must be done to the engine is returned as KVOps, in order, and the
+books already say that it was done: a decision changes the state it was decided from, at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
+
+NEARLY_WHOLE = 32
+"""An idle slot that loses at most this many tokens is taken over rather than shared: keeping so short a
+tail for others would cost a slot."""
+
+WORTH_SHARING = 8
+"""A shorter common prefix is decoded again: sharing it would keep two sequences tied for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Forget sequence `seq`."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Keep the first `length` tokens of `seq`."""
+
+    seq: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Let the empty `target` hold the first `length` tokens of `source`."""
+
+    source: int
+    target: int
+    length: int
+
+
+KVOp: TypeAlias = Clear | Trim | Share
+
+
+class Cells:
+    """A ledger of KV cells: each resident token has a cell, shared prefixes have theirs in common."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._holders: NDArray[np.int32] = np.zeros(n, np.int32)
+        self._free: list[int] = list(range(n - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` unused cells, now held once. The caller has made sure that there are as many."""
+        taken = self._free[-count:] if count else []
+        assert len(taken) == count, f"{count} cells asked for, {self.free} free"
+        del self._free[len(self._free) - count :]
+        self._holders[taken] = 1
+        return taken
+
+    def hold(self, cells: list[int]) -> None:
+        self._holders[cells] += 1
+
+    def drop(self, cells: list[int]) -> None:
+        self._holders[cells] -= 1
+        self._free.extend(cell for cell in cells if self._holders[cell] == 0)
+
+    def holders(self) -> NDArray[np.int32]:
+        return self._holders.copy()
+
+
+class Slot:
+    """One sequence and the tokens that it holds. `busy` while a generation has it."""
+
+    __slots__ = ("busy", "cells", "last_used", "seq", "tokens")
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.tokens = TokenBuffer()
+        self.cells: list[int] = []
+        self.busy = False
+        self.last_used = 0
+
+    @property
+    def n(self) -> int:
+        return self.tokens.n
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.seq}: {self.n} tokens, {'busy' if self.busy else 'idle'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A slot for a prompt, how many of the prompt's tokens it holds already, and what the engine must do."""
+
+    slot: Slot
+    reused: int
+    ops: tuple[KVOp, ...]
+
+
+class PrefixCache:
+    """All slots of one context. Used by the worker thread only."""
+
+    def __init__(self, *, n_seq: int, n_cells: int, can_trim: bool, can_share: bool) -> None:
+        self.slots = [Slot(seq) for seq in range(n_seq)]
+        self.cells = Cells(n_cells)
+        self._can_trim = can_trim
+        self._can_share = can_share and can_trim
+        self._tick = 0
+
+    def __repr__(self) -> str:
+        busy = sum(slot.busy for slot in self.slots)
+        used = self.cells.n - self.cells.free
+        return f"<PrefixCache {busy} busy, {len(self.slots) - busy} idle | {used}/{self.cells.n} cells>"
+
+    @property
+    def has_idle(self) -> bool:
+        return any(not slot.busy for slot in self.slots)
+
+    @property
+    def evictable(self) -> int:
+        """Cells that evicting every idle slot would free."""
+        held = self.cells.holders()
+        for slot in self.slots:
+            if not slot.busy and slot.cells:
+                held[slot.cells] -= 1
+        return int(np.count_nonzero(held == 0)) - self.cells.free
+
+    def match(self, prompt: TokenIds) -> tuple[Slot | None, int]:
+        """The slot that holds the longest usable prefix of `prompt`, and that prefix's length.
+
+        At least one token of a prompt is always decoded, so the length is at most len(prompt) - 1.
+        """
+        best: Slot | None = None
+        longest = 0
+        for slot in self.slots:
+            length = self._usable(slot, prompt)
+            if length > longest or (length == longest and best is not None and length and best.busy and not slot.busy):
+                best, longest = slot, length
+        return best, longest
+
+    def lend(self, prompt: TokenIds) -> Loan:
+        """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books."""
+        donor, length = self.match(prompt)
+        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
+            return self._take_over(donor, length)
+        if donor is not None and self._can_share and length >= WORTH_SHARING:
+            target = self._cheapest_idle(other_than=donor)
+            if target is not None:
+                return self._share(donor, target, length)
+        if donor is not None and not donor.busy and length >= WORTH_SHARING:
+            return self._take_over(donor, length)
+        slot = self._cheapest_idle()
+        assert slot is not None, "lend() needs an idle slot"
+        return self._take_over(slot, 0)
+
+    def extend(self, slot: Slot, tokens: TokenIds) -> None:
+        """`tokens` were decoded behind what the slot holds."""
+        slot.cells.extend(self.cells.take(len(tokens)))
+        slot.tokens.extend(tokens)
+
+    def truncate(self, slot: Slot, length: int) -> None:
+        """The slot holds its first `length` tokens only."""
+        self.cells.drop(slot.cells[length:])
+        del slot.cells[length:]
+        slot.tokens.truncate(length)
+
+    def give_back(self, slot: Slot) -> None:
+        """The generation is over; what the slot holds stays for others."""
+        slot.busy = False
+        self._touch(slot)
+
+    def evict(self, n_cells: int) -> KVOp | None:
+        """Free up to `n_cells` from the tail of the idle slot that was used longest ago.
+
+        Heads are what others may start from, so they go last. None when no idle slot has cells to give.
+        """
+        own = {slot.seq: self._own_cells(slot) for slot in self.slots if not slot.busy and slot.n}
+        idle = [slot for slot in self.slots if own.get(slot.seq)]
+        if not idle:
+            return None
+        victim = min(idle, key=lambda slot: slot.last_used)
+        length = victim.n - min(n_cells, own[victim.seq]) if self._can_trim else 0
+        self.truncate(victim, length)
+        return Trim(victim.seq, length) if length else Clear(victim.seq)
+
+    def forget(self, slot: Slot) -> KVOp:
+        """The slot's contents are lost or wrong; it stays lent if it is."""
+        self.truncate(slot, 0)
+        return Clear(slot.seq)
+
+    def check(self) -> None:
+        """Assert that the books are consistent: every held cell is counted once per holder."""
+        counted = np.zeros(self.cells.n, np.int32)
+        for slot in self.slots:
+            assert slot.n == len(slot.cells), f"{slot}: {len(slot.cells)} cells"
+            assert len(set(slot.cells)) == len(slot.cells), f"{slot} holds a cell twice"
+            counted[slot.cells] += 1
+        assert np.array_equal(counted, self.cells.holders()), "holders differ from what the slots hold"
+        assert self.cells.free == int(np.count_nonzero(counted == 0)), "free cells differ"
+
+    def _own_cells(self, slot: Slot) -> int:
+        """Cells that nobody else holds. Sharing is by prefix, so they are the slot's tail."""
+        return int(np.count_nonzero(self.cells.holders()[slot.cells] == 1))
+
+    def _usable(self, slot: Slot, prompt: TokenIds) -> int:
+        if not slot.n:
+            return 0
+        length = min(common_prefix(slot.tokens.view, prompt), len(prompt) - 1)
+        if self._can_trim:
+            return length
+        # A state that cannot be cut back is of use only as a whole, to its own holder.
+        return length if length == slot.n and not slot.busy else 0
+
+    def _take_over(self, slot: Slot, length: int) -> Loan:
+        ops: tuple[KVOp, ...] = ()
+        if length < slot.n:
+            ops = (Trim(slot.seq, length),) if length else (Clear(slot.seq),)
+            self.truncate(slot, length)
+        return self._lent(slot, length, ops)
+
+    def _share(self, donor: Slot, target: Slot, length: int) -> Loan:
+        ops: tuple[KVOp, ...] = (Clear(target.seq),) if target.n else ()
+        self.truncate(target, 0)
+        target.tokens.extend(donor.tokens.part(0, length))
+        target.cells.extend(donor.cells[:length])
+        self.cells.hold(target.cells)
+        self._touch(donor)
+        return self._lent(target, length, (*ops, Share(donor.seq, target.seq, length)))
+
+    def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...]) -> Loan:
+        slot.busy = True
+        self._touch(slot)
+        return Loan(slot, reused, ops)
+
+    def _cheapest_idle(self, other_than: Slot | None = None) -> Slot | None:
+        idle = [slot for slot in self.slots if not slot.busy and slot is not other_than]
+        return min(idle, key=lambda slot: (slot.n > 0, slot.last_used), default=None)
+
+    def _touch(self, slot: Slot) -> None:
+        self._tick += 1
+        slot.last_used = self._tick

@@ -1,0 +1,230 @@
+"""Scheduler: who is served next, and with which rows. Decisions only; the loop carries them out.
+
+    add -> admit -> plan() -> [engine] -> commit()
+
+Every generation is in exactly one of two lists: `waiting` (no slot) or `running` (a slot of its own).
+One step takes every decoding sequence's one row first, then chunks of prompts: all that a ubatch takes
+when nobody decodes, otherwise what fits into the latency budget. The shortest prompt goes first, for
+that gives the shortest mean time to the first token; one that was passed over often enough goes before.
+
+A waiting prompt that shares a prefix with one being prefilled right now waits for it: four agents with
+one system prompt compute it once, also when they start at the same moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+
+from llama_worker._commands import Generate
+from llama_worker._engine.base import EngineLimits, Span, Vocabulary
+from llama_worker._generation import Generation
+from llama_worker._pace import Pace
+from llama_worker._prefix_cache import KVOp, PrefixCache
+
+PATIENCE = 8
+"""So many steps may pass a prompt over before it goes first."""
+
+WORTH_WAITING = 64
+"""Waiting for another's prefill must save at least so many tokens."""
+
+RESERVE = 32
+"""Cells that a newcomer should find free beyond its prompt, so that it is not preempted at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows for one decode call. `parts[i]` is the generation that `spans[i]` belongs to."""
+
+    spans: tuple[Span, ...]
+    parts: tuple[Generation, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)
+
+
+class Scheduler:
+    """The waiting and the running generations of one engine. The worker thread's."""
+
+    def __init__(self, limits: EngineLimits, pace: Pace) -> None:
+        self.waiting: list[Generation] = []
+        self.running: list[Generation] = []
+        self.cache = PrefixCache(
+            n_seq=limits.n_seq, n_cells=limits.n_ctx, can_trim=limits.can_trim, can_share=limits.can_share
+        )
+        self._limits = limits
+        self._pace = pace
+        self._order = count()
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting | {self.cache!r}>"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether to take another request from the channel: as many may wait here as can run."""
+        return len(self.waiting) < self._limits.n_seq
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anybody was ever given a slot and is not finished: running, or preempted and waiting again."""
+        return bool(self.running) or any(g.has_begun for g in self.waiting)
+
+    def add(self, command: Generate, vocabulary: Vocabulary) -> Generation:
+        """Let a request wait here for a slot."""
+        generation = Generation(command, vocabulary, next(self._order))
+        self.waiting.append(generation)
+        return generation
+
+    def admit(self, *, newcomers: bool = True) -> list[tuple[Generation, tuple[KVOp, ...]]]:
+        """Give slots to those who wait, first come first served, and say what the engine must do.
+
+        Without `newcomers` only to those who were preempted.
+        """
+        admitted = []
+        for generation in [g for g in self.waiting if newcomers or g.has_begun]:
+            if not self.cache.has_idle or not self._fits(generation):
+                break
+            if self._should_wait(generation):
+                continue
+            loan = self.cache.lend(generation.tokens.view)
+            generation.slot = loan.slot
+            if generation.cached is None:
+                generation.cached = loan.reused
+            self.running.append(generation)
+            self.waiting.remove(generation)
+            admitted.append((generation, loan.ops))
+        return admitted
+
+    def make_room(self) -> list[KVOp]:
+        """Free cells for the next step: trim idle slots, then take the slot of the youngest running.
+
+        Afterwards every decoding sequence has a cell, or somebody's prompt has, or only one generation
+        is left.
+        """
+        ops: list[KVOp] = []
+        wanted = min(sum(g.n_left for g in self.running), self._limits.n_ubatch)
+        while self.cache.cells.free < wanted and (op := self.cache.evict(wanted - self.cache.cells.free)):
+            ops.append(op)
+        while self.cache.cells.free < self._least_rows() and (op := self.preempt()):
+            ops.append(op)
+        return ops
+
+    def plan(self, most_rows: int | None = None) -> Batch | None:
+        """The rows of the next step, at most `most_rows`; None when nobody runs. Changes nothing."""
+        room = min(most_rows or self._limits.n_batch, self._limits.n_batch, self.cache.cells.free)
+        decoding = [g for g in self.running if g.is_decoding][:room]
+        room -= len(decoding)
+        budget = min(room, self._pace.rows() if decoding else self._limits.n_ubatch)
+        chunks = self._chunks(budget)
+        parts = [(g, 1) for g in decoding] + chunks
+        if not parts:
+            return None
+        return Batch(tuple(_span(g, n) for g, n in parts), tuple(g for g, _ in parts))
+
+    def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
+        """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now."""
+        row, outputs = 0, []
+        for span, generation in zip(batch.spans, batch.parts, strict=True):
+            assert generation.slot is not None
+            self.cache.extend(generation.slot, span.tokens)
+            row += len(span.tokens)
+            if span.output:
+                outputs.append((row - 1, generation))
+        served = set(map(id, batch.parts))
+        for generation in self.running:
+            generation.passed_over = 0 if id(generation) in served else generation.passed_over + 1
+        return outputs
+
+    def retire(self, generation: Generation) -> None:
+        """The generation is over. Its slot keeps what it holds, for others."""
+        if generation.slot is not None:
+            self.cache.give_back(generation.slot)
+            generation.slot = None
+        for group in (self.running, self.waiting):
+            if generation in group:
+                group.remove(generation)
+
+    def preempt(self) -> KVOp | None:
+        """Take the slot of the youngest running generation, which waits again, first in line.
+
+        None when only one runs: there is nobody to make room for.
+        """
+        if len(self.running) < 2:
+            return None
+        youngest = max(self.running, key=lambda g: g.order)
+        slot = youngest.slot
+        assert slot is not None
+        op = self.cache.forget(slot)
+        self.cache.give_back(slot)
+        self.waiting.insert(0, youngest)
+        youngest.slot = None
+        self.running.remove(youngest)
+        return op
+
+    def start_over(self) -> KVOp | None:
+        """Let the only generation left compute its tokens again in an empty cache, where it is known to fit.
+
+        None when it did so before: then it does not fit after all.
+        """
+        generation = self.running[0]
+        if generation.started_over or generation.slot is None:
+            return None
+        generation.started_over = True
+        return self.cache.forget(generation.slot)
+
+    def resync(self, generation: Generation, span: Span, resident: int) -> None:
+        """After an aborted step the engine holds the first `resident` tokens, some of `span` among them."""
+        assert generation.slot is not None
+        if resident > span.start:
+            self.cache.extend(generation.slot, span.tokens[: resident - span.start])
+        else:
+            self.cache.truncate(generation.slot, resident)
+
+    def observe(self, n_rows: int, milliseconds: float) -> None:
+        """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
+        self._pace.observe(n_rows, milliseconds)
+
+    def _chunks(self, budget: int) -> list[tuple[Generation, int]]:
+        chunks = []
+        for generation in sorted((g for g in self.running if not g.is_decoding), key=_urgency):
+            n = min(generation.n_left, budget)
+            if n <= 0:
+                break
+            chunks.append((generation, n))
+            budget -= n
+        return chunks
+
+    def _should_wait(self, generation: Generation) -> bool:
+        """Whether somebody is computing, right now, a prefix that this one could start from."""
+        if not self._limits.can_share or not self.running:
+            return False
+        prompt = generation.tokens.view
+        _, now = self.cache.match(prompt)
+        return any(g.will_share(prompt) - now >= WORTH_WAITING for g in self.running if not g.is_decoding)
+
+    def _fits(self, generation: Generation) -> bool:
+        """Whether the cells suffice for a newcomer beside what the running prompts still need."""
+        if not self.running:
+            return True
+        _, reused = self.cache.match(generation.tokens.view)
+        needed = generation.tokens.n - reused + RESERVE + sum(g.n_left for g in self.running)
+        return needed <= self.cache.cells.free or needed <= self.cache.cells.free + self.cache.evictable
+
+    def _least_rows(self) -> int:
+        return max(1, sum(g.is_decoding for g in self.running)) if self.running else 0
+
+
+def _urgency(generation: Generation) -> tuple[bool, int, int]:
+    return generation.passed_over < PATIENCE, generation.n_left, generation.order
+
+
+def _span(generation: Generation, n: int) -> Span:
+    slot = generation.slot
+    assert slot is not None
+    tokens = generation.tokens.part(slot.n, slot.n + n)
+    return Span(slot.seq, slot.n, tokens, slot.n + n == generation.tokens.n)

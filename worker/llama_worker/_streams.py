@@ -1,0 +1,290 @@
+"""EventStream and AsyncEventStream: what the caller iterates while the worker fills it.
+
+The worker writes into a mailbox that never blocks it: how much may come is bounded by max_tokens, so a
+slow or vanished reader slows nobody. The worker never holds the stream itself, so a stream that is
+dropped is collected at once, and its end cancels the request.
+
+The reader is also the request's timer: it is the one that waits, so when the deadline passes while it
+waits it sets the flag that aborts even a running decode. A reader that does not wait needs no such
+precision; for it the worker looks at the clock between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import Any
+
+from llama_worker._cancel import CancelFlag
+from llama_worker._errors import GenerationCancelled
+from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta
+
+_LONGEST_WAIT = 1.0  # seconds; a wait is cut into such pieces so that Ctrl-C is seen on every platform
+
+
+class Mailbox:
+    """The sink of a sync stream: filled by the worker, emptied by the reader's thread."""
+
+    __slots__ = ("_queue",)
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+
+    def put(self, event: StreamEvent) -> None:
+        self._queue.put(event)
+
+    def get(self, timeout: float) -> StreamEvent | None:
+        try:
+            return self._queue.get(timeout=max(timeout, 0.0))
+        except queue.Empty:
+            return None
+
+
+class EventStream:
+    """The events of one request, as they come: TextDelta*, then one Finished or Failed, which is yielded.
+
+    Iterate it from one thread. `close` may be called from any thread, never blocks and cancels the
+    request; so do leaving the `with` block, dropping the stream, and its garbage collection. A stream
+    that is cancelled while somebody reads it ends with Finished("cancelled").
+    """
+
+    def __init__(self, mailbox: Mailbox, cancel: CancelFlag, deadline: float | None, model: str) -> None:
+        self._mailbox = mailbox
+        self._cancel = cancel
+        self._deadline = deadline
+        self._model = model
+        self._ended = False
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        if self._ended:
+            raise StopIteration
+        event = self._next_event()
+        self._ended = not isinstance(event, TextDelta)
+        return event
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._cancel.cancel()
+
+    def close(self) -> None:
+        """Cancel the request. Idempotent; does nothing after the end."""
+        self._cancel.cancel()
+
+    def reply(self) -> Reply:
+        """Read the rest and fold the whole stream. Blocks.
+
+        Raises GenerationCancelled when it was cancelled, or the error that it failed with.
+        """
+        return _fold(_last(self), self._model)
+
+    def text(self) -> Iterator[str]:
+        """The text alone, piece by piece. Raises like `reply` at the end."""
+        for event in self:
+            if isinstance(event, TextDelta):
+                yield event.text
+            else:
+                _fold(event, self._model)
+
+    def _next_event(self) -> StreamEvent:
+        while True:
+            event = self._mailbox.get(_patience(self._deadline))
+            if event is not None:
+                return event
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._cancel.expire()
+
+
+def _patience(deadline: float | None) -> float:
+    if deadline is None:
+        return _LONGEST_WAIT
+    # After the deadline the worker's answer is on its way: wait for it as for any other event.
+    left = deadline - time.monotonic()
+    return min(left, _LONGEST_WAIT) if left > 0 else _LONGEST_WAIT / 20
+
+
+class LoopDoor:
+    """The way into one event loop: many mailboxes, at most one wake-up under way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._knocking = False
+        self._ready: deque[Callable[[], None]] = deque()
+
+    def knock(self, ready: Callable[[], None]) -> bool:
+        """Have `ready` called on the loop. Any thread. False when the loop is closed."""
+        loop = self._loop()
+        if loop is None:
+            return False
+        self._ready.append(ready)
+        if self._knocking:
+            return not loop.is_closed()
+        self._knocking = True
+        try:
+            loop.call_soon_threadsafe(self._open)
+        except RuntimeError:  # the loop closed under us
+            return False
+        return True
+
+    def _open(self) -> None:
+        # First lower the flag, then empty: what arrives meanwhile knocks again or is emptied here.
+        self._knocking = False
+        while self._ready:
+            self._ready.popleft()()
+
+
+_doors: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDoor] = weakref.WeakKeyDictionary()
+
+
+def loop_door(loop: asyncio.AbstractEventLoop) -> LoopDoor:
+    """The door of `loop`; call it on that loop."""
+    door = _doors.get(loop)
+    if door is None:
+        door = _doors[loop] = LoopDoor(loop)
+    return door
+
+
+class AsyncMailbox:
+    """The sink of an async stream: filled by any thread, emptied on one event loop."""
+
+    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader")
+
+    def __init__(self, door: LoopDoor, cancel: CancelFlag) -> None:
+        self._door = door
+        self._cancel = cancel
+        self._events: deque[StreamEvent] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, event: StreamEvent) -> None:
+        self._events.append(event)
+        if self._reader is not None and not self._door.knock(self._wake):
+            self._cancel.cancel()  # nobody can ever read it
+
+    async def get(self) -> StreamEvent:
+        while not self._events:
+            # The reader shows itself before it looks again, as put() stores before it looks for a reader.
+            self._reader = asyncio.get_running_loop().create_future()
+            if not self._events:
+                await self._reader
+            self._reader = None
+        return self._events.popleft()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+Start = Callable[[AsyncMailbox], Coroutine[Any, Any, None]]
+"""Prepares the request and gets it into the channel; raises the typed errors of both."""
+
+
+class AsyncEventStream:
+    """The async twin of EventStream. Iterate it on one event loop; the first step submits the request.
+
+    A task that is cancelled while it waits here cancels the request. `close` may be called from any
+    thread; `aclose` does the same and does not wait for the worker.
+    """
+
+    def __init__(self, start: Start, cancel: CancelFlag, deadline: float | None, model: Callable[[], str]) -> None:
+        self._start = start
+        self._cancel = cancel
+        self._deadline = deadline
+        self._model = model
+        self._mailbox: AsyncMailbox | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            mailbox = self._mailbox or await self._submit()
+            event = await mailbox.get()
+        except BaseException:
+            self._finish()
+            self._cancel.cancel()
+            raise
+        if not isinstance(event, TextDelta):
+            self._finish()
+        return event
+
+    async def __aenter__(self) -> AsyncEventStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._cancel.cancel()
+
+    def close(self) -> None:
+        """Cancel the request. Idempotent, non-blocking, any thread; does nothing after the end."""
+        self._cancel.cancel()
+
+    async def aclose(self) -> None:
+        """As `close`: returns at once."""
+        self.close()
+
+    async def reply(self) -> Reply:
+        """Read the rest and fold the whole stream. Raises as EventStream.reply."""
+        last: StreamEvent | None = None
+        async for event in self:
+            last = event
+        return _fold(last, self._model())
+
+    async def text(self) -> AsyncIterator[str]:
+        """The text alone, piece by piece. Raises like `reply` at the end."""
+        async for event in self:
+            if isinstance(event, TextDelta):
+                yield event.text
+            else:
+                _fold(event, self._model())
+
+    async def _submit(self) -> AsyncMailbox:
+        loop = asyncio.get_running_loop()
+        if self._deadline is not None:
+            self._timer = loop.call_later(max(self._deadline - time.monotonic(), 0.0), self._cancel.expire)
+        mailbox = AsyncMailbox(loop_door(loop), self._cancel)
+        await self._start(mailbox)
+        self._mailbox = mailbox
+        return mailbox
+
+    def _finish(self) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _last(stream: Iterator[StreamEvent]) -> StreamEvent | None:
+    last: StreamEvent | None = None
+    for last in stream:  # noqa: B007  the loop is the point
+        pass
+    return last
+
+
+def _fold(last: StreamEvent | None, model: str) -> Reply:
+    if isinstance(last, Failed):
+        raise last.error
+    if not isinstance(last, Finished):
+        raise ValueError("the stream was read to its end before")
+    reply = Reply(text=last.text, finish_reason=last.reason, usage=last.usage, model=model, logprobs=last.logprobs)
+    if last.reason == "cancelled":
+        raise GenerationCancelled(reply)
+    return reply

@@ -1,0 +1,439 @@
+"""An engine without a model: for this package's tests and for yours.
+
+    from llama_worker.testing import fake_worker
+
+    with fake_worker("Hello!", "Goodbye.") as worker:
+        assert worker.generate([{"role": "user", "content": "Hi"}]).text == "Hello!"
+
+FakeEngine keeps a KV cache like llama.cpp's, token by token, with the same limits, return codes and
+refusals, and its next token depends on everything that the sequence holds: a scheduler that loses,
+repeats or mixes up a token produces another text. It is held to the same contract tests as the real one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from llama_worker._config import ModelConfig, WorkerConfig
+from llama_worker._engine.base import (
+    DecodeStatus,
+    EngineLimits,
+    Floats,
+    LoadedModel,
+    Loader,
+    ModelInfo,
+    Sampler,
+    Span,
+    TokenIds,
+)
+from llama_worker._errors import GenerationError, InvalidRequestError
+from llama_worker._events import assert_well_formed
+from llama_worker._requests import SamplingParams
+from llama_worker._worker import LlamaWorker
+
+__all__ = ["ByteTokenizer", "FakeEngine", "Fault", "Gate", "assert_well_formed", "fake_loader", "fake_worker"]
+
+IM_START, IM_END, BOS = 256, 257, 258
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<s>": BOS}
+_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", np.uint8)
+
+Call: TypeAlias = Literal[
+    "decode", "sample", "logits", "new_sampler", "seq_end", "seq_trim", "seq_clear", "seq_share", "embed", "close"
+]
+
+
+class ByteTokenizer:
+    """A Vocabulary in which every byte is a token, beside <|im_start|>, <|im_end|> and <s>."""
+
+    n_tokens = 259
+    pieces: Sequence[bytes] = tuple([bytes([b]) for b in range(256)] + [text.encode() for text in _SPECIAL])
+    end_tokens = frozenset({IM_END})
+    control_texts: Sequence[str] = tuple(sorted(_SPECIAL, key=len, reverse=True))
+    bos_text = "<s>"
+    eos_text = "<|im_end|>"
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
+        """See Vocabulary.tokenize."""
+        self.n_calls += 1
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequestError("text", text, f"it is no valid Unicode: {exc.reason}") from None
+        ids: list[int] = [BOS] if add_special else []
+        for part in _split_special(text) if parse_special else [text]:
+            ids += [_SPECIAL[part]] if parse_special and part in _SPECIAL else list(part.encode())
+        return np.array(ids, np.int32)
+
+
+def _split_special(text: str) -> list[str]:
+    parts = [text]
+    for special in _SPECIAL:
+        parts = [piece for part in parts for piece in _cut(part, special)]
+    return [part for part in parts if part]
+
+
+def _cut(text: str, special: str) -> list[str]:
+    if text in _SPECIAL:
+        return [text]
+    pieces = text.split(special)
+    return [x for piece in pieces for x in (special, piece)][1:]
+
+
+@dataclass(slots=True)
+class Fault:
+    """Make the `nth` call (from 1) of one engine method go wrong.
+
+    `how`: an exception to raise; a DecodeStatus that `decode` returns; or "hang": the call does not
+    return until the abort flag is raised, as a decode that takes for ever.
+    """
+
+    call: Call
+    how: Exception | DecodeStatus | Literal["hang"]
+    nth: int = 1
+
+
+class Gate:
+    """Holds the engine before a decode, so that a test can look at a worker in the middle of its work."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._reached = threading.Event()
+        self._open.set()
+
+    def shut(self) -> None:
+        """Hold the next decode."""
+        self._reached.clear()
+        self._open.clear()
+
+    def wait_reached(self, timeout: float = 10.0) -> None:
+        """Wait until a decode is held. Raises TimeoutError."""
+        if not self._reached.wait(timeout):
+            raise TimeoutError("no decode came to the gate")
+
+    def open(self) -> None:
+        """Let the held decode, and all others, pass."""
+        self._open.set()
+
+    def _pass(self, abort: FakeAbortFlag) -> None:
+        if not self._open.is_set():
+            self._reached.set()
+            while not self._open.wait(0.001):
+                if abort.raised.is_set():
+                    return
+
+
+class FakeAbortFlag:
+    """An AbortFlag that a hanging call can wait for."""
+
+    def __init__(self) -> None:
+        self.raised = threading.Event()
+
+    def raise_(self) -> None:
+        self.raised.set()
+
+    def clear(self) -> None:
+        self.raised.clear()
+
+
+@dataclass(slots=True, eq=False)
+class FakeSampler:
+    """Deals out a scripted reply byte by byte, or takes the likeliest token."""
+
+    script: deque[int] | None
+    ignore_eos: bool
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass(slots=True)
+class _Row:
+    token: int
+    cell: int
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """An Engine over a ByteTokenizer. `calls` records what was asked of it, in order.
+
+    `replies` are dealt out to new samplers in turn; without any, text follows from the tokens.
+    `hidden_cells` of the KV cache cannot be used, although `limits` says otherwise.
+    """
+
+    limits: EngineLimits
+    replies: Iterable[str] = ()
+    faults: list[Fault] = field(default_factory=list)
+    gate: Gate = field(default_factory=Gate)
+    calls: list[str] = field(default_factory=list)
+    n_rows: int = 0
+    hidden_cells: int = 0
+
+    def __post_init__(self) -> None:
+        self.abort_flag = FakeAbortFlag()
+        self.hanging = threading.Event()
+        self.closed = False
+        self.samplers: list[FakeSampler] = []
+        self._scripts = itertools.cycle([deque(r.encode()) for r in self.replies]) if self.replies else None
+        self._seqs: list[list[_Row]] = [[] for _ in range(self.limits.n_seq)]
+        self._new_cell = itertools.count()
+        self._outputs: dict[int, bytes] = {}
+        self._counts: dict[str, int] = {}
+        self._thread = threading.get_ident()
+
+    # -- Engine -------------------------------------------------------------------------------------
+
+    def decode(self, spans: Sequence[Span]) -> DecodeStatus:
+        """See Engine.decode."""
+        self._validate(spans)
+        self.gate._pass(self.abort_flag)
+        self._outputs = {}
+        status = self._called("decode")
+        if status is not None and status is not DecodeStatus.OK:
+            return self._broken(spans, status)
+        if self.abort_flag.raised.is_set():
+            return self._broken(spans, DecodeStatus.ABORTED)
+        if self.cells_used + sum(len(s.tokens) for s in spans) > self.limits.n_ctx - self.hidden_cells:
+            return DecodeStatus.KV_FULL
+        self._compute(spans)
+        return DecodeStatus.OK
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        """See Engine.sample."""
+        self._called("sample")
+        assert isinstance(sampler, FakeSampler)
+        assert not sampler.closed, "a closed sampler was used"
+        logits = self._logits(row)
+        if sampler.script is not None:
+            return sampler.script.popleft() if sampler.script else IM_END
+        if sampler.ignore_eos:
+            logits[IM_END] = -np.inf
+        return int(logits.argmax())
+
+    def logits(self, row: int) -> Floats:
+        """See Engine.logits."""
+        self._called("logits")
+        return self._logits(row)
+
+    def new_sampler(self, params: SamplingParams, history: TokenIds) -> FakeSampler:
+        """See Engine.new_sampler."""
+        self._called("new_sampler")
+        script = None if self._scripts is None else deque(next(self._scripts))
+        sampler = FakeSampler(script, params.ignore_eos)
+        self.samplers.append(sampler)
+        return sampler
+
+    def seq_end(self, seq: int) -> int:
+        """See Engine.seq_end."""
+        self._called("seq_end")
+        return len(self._seqs[seq])
+
+    def seq_trim(self, seq: int, length: int) -> bool:
+        """See Engine.seq_trim."""
+        self._called("seq_trim")
+        if length >= len(self._seqs[seq]):
+            return True
+        if not self.limits.can_trim:
+            return False
+        del self._seqs[seq][length:]
+        return True
+
+    def seq_clear(self, seq: int) -> None:
+        """See Engine.seq_clear."""
+        self._called("seq_clear")
+        self._seqs[seq].clear()
+
+    def seq_share(self, source: int, target: int, length: int) -> None:
+        """See Engine.seq_share."""
+        self._called("seq_share")
+        if not self.limits.can_share:
+            raise ValueError("this model cannot share prefixes")
+        if self._seqs[target] or not 0 < length <= len(self._seqs[source]):
+            raise ValueError(f"cannot share {length} tokens of {source} with {target}")
+        self._seqs[target] = self._seqs[source][:length]
+
+    def embed(self, texts: Sequence[TokenIds]) -> Floats:
+        """See Engine.embed."""
+        if len(texts) > self.limits.n_embed_seq or sum(map(len, texts)) > self.limits.n_embed_tokens:
+            raise ValueError("too many texts or tokens in one embedding batch")
+        if any(not len(text) for text in texts):
+            raise ValueError("an empty text cannot be embedded")
+        self.gate._pass(self.abort_flag)
+        self._called("embed")
+        if self.abort_flag.raised.is_set():
+            raise GenerationError("the embedding was aborted")
+        return np.stack([_random(text.tobytes(), self.limits.n_embd) for text in texts])
+
+    def close(self) -> None:
+        """See Engine.close."""
+        self.closed = True
+        self._called("close")
+
+    # -- for tests ----------------------------------------------------------------------------------
+
+    @property
+    def cells_used(self) -> int:
+        return len({row.cell for seq in self._seqs for row in seq})
+
+    def held(self, seq: int) -> list[int]:
+        """The tokens that `seq` holds."""
+        return [row.token for row in self._seqs[seq]]
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _called(self, call: Call) -> DecodeStatus | None:
+        assert threading.get_ident() == self._thread, f"{call} from another thread"
+        self.calls.append(call)
+        self._counts[call] = self._counts.get(call, 0) + 1
+        for fault in self.faults:
+            if fault.call == call and fault.nth == self._counts[call]:
+                return self._fail(fault)
+        return None
+
+    def _fail(self, fault: Fault) -> DecodeStatus | None:
+        if isinstance(fault.how, Exception):
+            raise fault.how
+        if fault.how == "hang":
+            self.hanging.set()
+            if not self.abort_flag.raised.wait(30):
+                raise TimeoutError("a hanging call was never aborted")
+            return DecodeStatus.ABORTED
+        return fault.how
+
+    def _validate(self, spans: Sequence[Span]) -> None:
+        if sum(len(span.tokens) for span in spans) > self.limits.n_batch:
+            raise ValueError("more rows than n_batch")
+        if sum(span.output for span in spans) > self.limits.n_seq:
+            raise ValueError("more outputs than sequences")
+        for span in spans:
+            if not 0 <= span.seq < self.limits.n_seq:
+                raise ValueError(f"sequence {span.seq} is out of range")
+            if not len(span.tokens) or span.start != len(self._seqs[span.seq]):
+                raise ValueError(f"position {span.start} does not continue sequence {span.seq}")
+            if span.tokens.min() < 0 or span.tokens.max() >= self.limits.n_vocab:
+                raise ValueError("a token id is out of range")
+
+    def _compute(self, spans: Sequence[Span]) -> None:
+        row = 0
+        for span in spans:
+            held = self._seqs[span.seq]
+            held.extend(_Row(int(token), next(self._new_cell)) for token in span.tokens)
+            row += len(span.tokens)
+            self.n_rows += len(span.tokens)
+            if span.output:
+                self._outputs[row - 1] = np.array([r.token for r in held], np.int32).tobytes()
+
+    def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
+        """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
+        if status in (DecodeStatus.ABORTED, DecodeStatus.ALLOC_FAILED, DecodeStatus.COMPUTE_FAILED):
+            self._compute(spans[: (len(spans) + 1) // 2])
+            self._outputs = {}
+        return status
+
+    def _logits(self, row: int) -> Floats:
+        if row not in self._outputs:
+            raise ValueError(f"row {row} has no logits")
+        logits = np.full(self.limits.n_vocab, -30.0, np.float32)
+        noise = _random(self._outputs[row], len(_LETTERS) + 1)
+        np.maximum.at(logits, _LETTERS, noise[1:])
+        logits[IM_END] = noise[0]
+        return logits
+
+
+def _random(seed: bytes, n: int) -> Floats:
+    key = int.from_bytes(blake2b(seed, digest_size=8).digest(), "little")
+    return np.random.default_rng(key).standard_normal(n).astype(np.float32)
+
+
+def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = False) -> EngineLimits:
+    return EngineLimits(
+        n_ctx=config.n_kv_cells or config.n_ctx or 4096,
+        n_batch=config.n_batch,
+        n_ubatch=config.n_ubatch,
+        n_seq=config.n_parallel,
+        n_vocab=ByteTokenizer.n_tokens,
+        n_embd=16,
+        can_trim=not hybrid,
+        can_share=not hybrid,
+        generates=not embedding,
+        embeds=True,
+        n_embed_tokens=512,
+        n_embed_text=256,
+        n_embed_seq=32,
+    )
+
+
+def fake_info(config: ModelConfig, *, hybrid: bool = False, embedding: bool = False) -> ModelInfo:
+    return ModelInfo(
+        name=config.model.rpartition("/")[2],
+        path=config.model,
+        architecture="fake",
+        size=0,
+        n_params=0,
+        n_vocab=ByteTokenizer.n_tokens,
+        n_ctx_train=8192,
+        n_embd=16,
+        n_layer=1,
+        n_head=1,
+        n_head_kv=1,
+        chat_template=CHATML,
+        pooling="mean" if embedding else None,
+        is_recurrent=False,
+        is_hybrid=hybrid,
+        n_swa=0,
+        is_embedding=embedding,
+        digest=blake2b(config.model.encode(), digest_size=16).hexdigest(),
+    )
+
+
+def fake_loader(
+    *replies: str,
+    faults: Sequence[Fault] = (),
+    gate: Gate | None = None,
+    hybrid: bool = False,
+    embedding: bool = False,
+    seen: Callable[[FakeEngine], Any] | None = None,
+) -> Loader:
+    """A loader for LlamaWorker(…, loader=…). `seen` is called with each engine that is loaded.
+
+    `hybrid` engines cannot trim or share; `embedding` engines cannot generate.
+    """
+
+    def load(config: ModelConfig) -> LoadedModel:
+        limits = fake_limits(config, hybrid=hybrid, embedding=embedding)
+        engine = FakeEngine(limits, replies=replies, faults=list(faults), gate=gate or Gate())
+        if seen is not None:
+            seen(engine)
+        info = fake_info(config, hybrid=hybrid, embedding=embedding)
+        return LoadedModel(engine=engine, vocabulary=ByteTokenizer(), info=info)
+
+    return load
+
+
+def fake_worker(
+    *replies: str,
+    loader: Loader | None = None,
+    worker_config: WorkerConfig | None = None,
+    model: str = "fake://model",
+    **config: Any,
+) -> LlamaWorker:
+    """A LlamaWorker over a FakeEngine that answers with `replies` in turn.
+
+    Without replies the text follows from the prompt's tokens. `config`: fields of ModelConfig.
+    """
+    return LlamaWorker(ModelConfig(model=model, **config), worker_config, loader=loader or fake_loader(*replies))
