@@ -6,7 +6,7 @@ Here, at the caller's boundary, are the retries and the mapping of errors. Whate
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -57,13 +57,13 @@ async def agenerate(call: Call) -> Reply:
         return await call.retry.arun(lambda: call.connect().agenerate(call.prompt, **call.options))
 
 
-def events(call: Call) -> Iterator[Answer]:
+def events(call: Call) -> Generator[Answer, None, None]:
     with mapped_errors(), call.open() as stream:
         for event in stream:
             yield _answer(event, call)
 
 
-async def aevents(call: Call) -> AsyncIterator[Answer]:
+async def aevents(call: Call) -> AsyncGenerator[Answer, None]:
     with mapped_errors():
         stream, first = await call.retry.arun(lambda: _first_event(call))
         with closing(stream):

@@ -101,7 +101,8 @@ class ModelFields(BaseModel):
         elif self.model is None:
             raise ConfigError("model", None, "name a GGUF file or a demo:// model, or give worker=")
         else:
-            self._settings(), self._worker_settings()
+            self._settings()
+        self._worker_settings()
         return self
 
     def _check_worker_alone(self, worker: LlamaWorker) -> None:

@@ -27,7 +27,10 @@ class RetryPolicy:
         return Retrying(**self._settings)(attempt)
 
     async def arun(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        return await AsyncRetrying(**self._settings)(attempt)
+        async def awaited() -> T:  # tenacity awaits only what it knows for a coroutine function
+            return await attempt()
+
+        return await AsyncRetrying(**self._settings)(awaited)
 
     @property
     def _settings(self) -> dict[str, Any]:

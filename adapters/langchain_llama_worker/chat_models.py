@@ -18,6 +18,7 @@ from langchain_llama_worker._errors import mapped_errors
 from langchain_llama_worker._loading import make_loadable
 from langchain_llama_worker._messages import ChatChunks, chat_result, to_core
 from langchain_llama_worker._model import GenerationFields
+from langchain_llama_worker._profile import profile_of
 from llama_worker import UnsupportedFeatureError, inspect_model
 
 
@@ -126,27 +127,7 @@ class ChatLlamaWorker(GenerationFields, BaseChatModel):
         settings = self._settings()
         loaded = self.worker is not None and self.worker.status().state == "ready"
         info = self.worker.info if self.worker is not None and loaded else inspect_model(settings.model)
-        n_ctx = settings.n_ctx or info.n_ctx_train
-        profile = ModelProfile(
-            name=info.name,
-            open_weights=True,
-            max_input_tokens=n_ctx,
-            max_output_tokens=min(self.max_tokens or n_ctx, n_ctx),
-            text_inputs=True,
-            image_inputs=False,
-            audio_inputs=False,
-            video_inputs=False,
-            text_outputs=True,
-            image_outputs=False,
-            audio_outputs=False,
-            video_outputs=False,
-            reasoning_output=False,
-            tool_calling=False,
-            structured_output=False,
-            temperature=True,
-        )
-        known = ModelProfile.__annotations__
-        return ModelProfile(**{key: value for key, value in profile.items() if key in known})  # type: ignore[typeddict-item]
+        return profile_of(info, n_ctx=settings.n_ctx, max_tokens=self.max_tokens)
 
 
 make_loadable(ChatLlamaWorker)

@@ -147,6 +147,17 @@ def test_a_span_always_holds_its_content(contents: list[str], literals: list[str
             assert rendered[slice(*span)].strip() == content.strip()
 
 
+def test_an_escaped_content_is_passed_over_and_those_around_it_are_found() -> None:
+    contents = ["hi", '{"x": 1}', "bye"]
+    rendered = 'u: hi, t: "{\\"x\\": 1}", u: bye'
+    spans = find_contents(rendered, 'u: W0e, t: "W1e", u: W2e', ["W0e", "W1e", "W2e"], contents)
+    assert spans == ((3, 5), None, (len(rendered) - 3, len(rendered)))
+
+
+def test_a_content_written_twice_is_not_claimed() -> None:
+    assert find_contents("x x", "W0e W0e", ["W0e"], ["x"]) == (None,)
+
+
 @pytest.mark.parametrize(
     ("rendered", "skeleton"),
     [

@@ -351,6 +351,15 @@ def controls(text: str) -> list[str]:
     return sorted(control for text in segments for control in CONTROLS for _ in range(text.count(control)))
 
 
+def test_marks_outlive_json_escapes() -> None:
+    guarded = chat(f"u: é{GUARD.protect('<|im_end|>')}")
+    for ascii_only, text in (("true", '"\\u00e9<|im_end|>"'), ("false", '"é<|im_end|>"')):
+        source = "{{ messages[0].content | tojson(ensure_ascii=" + ascii_only + ") }}"
+        rendered = template(source).render(guarded, today=TODAY)
+        assert "".join(segment.text for segment in GUARD.split(rendered)) == text
+        assert controls(rendered) == []
+
+
 def test_spans_are_those_of_the_messages_given_not_of_the_adapted_ones() -> None:
     layout = template(GEMMA).lay_out(chat("s: be brief", "u: one", "u: two ", "a: a", "u: model"), today=TODAY)
     assert [layout.text[slice(*span)] for span in layout.spans if span] == ["be brief", "one", "two", "a", "model"]

@@ -83,6 +83,13 @@ class Bench:
     def ask(
         self, prompt: str | Sequence[Message], *, deadline: float | None = None, **params: Any
     ) -> tuple[ListSink, CancelFlag]:
+        command = self.request(prompt, deadline=deadline, **params)
+        self.put(command)
+        assert isinstance(command.sink, ListSink)
+        return command.sink, command.cancel
+
+    def request(self, prompt: str | Sequence[Message], *, deadline: float | None = None, **params: Any) -> Generate:
+        """A prepared request that is nowhere yet."""
         view = self.published.view(0)
         assert view is not None
         sampling = SamplingParams(**{"max_tokens": 16, **params})
@@ -91,9 +98,8 @@ class Bench:
             if isinstance(prompt, str)
             else GenerationRequest(messages=tuple(prompt), params=sampling)
         )
-        sink, cancel = ListSink(), CancelFlag()
-        self.put(Generate(job=view.prepare_generation(request), sink=sink, cancel=cancel, deadline=deadline))
-        return sink, cancel
+        job = view.prepare_generation(request)
+        return Generate(job=job, sink=ListSink(), cancel=CancelFlag(), deadline=deadline)
 
     def embed(self, *texts: str, normalize: bool = True) -> tuple[Future[list[list[float]]], CancelFlag]:
         view = self.published.view(0)

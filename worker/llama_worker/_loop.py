@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, assert_never
 
 from llama_worker._channel import CommandChannel
 from llama_worker._commands import Embed, Reload, Request, Shutdown, settle
 from llama_worker._config import ModelConfig
 from llama_worker._embeddings import EmbedQueue
-from llama_worker._engine.base import DecodeStatus, Engine, Loader
+from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine, Loader
 from llama_worker._errors import (
     ContextOverflowError,
     DeadlineExceeded,
@@ -379,24 +380,28 @@ def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
 def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatus:
     """Decode with the abort flag within reach of whoever cancels one of the batch's requests.
 
-    A model that cannot be trimmed loses every sequence of an aborted batch, so there the flag is left to
-    a batch of one.
+    A model that cannot be trimmed loses every sequence of an aborted batch, so there it takes all of them.
     """
     engine, parts = loaded.engine, batch.parts
-    armed = parts if engine.limits.can_trim or len(parts) == 1 else ()
     flag = engine.abort_flag
+    abort = flag.raise_ if engine.limits.can_trim else partial(_raise_if_all_cancelled, flag, parts)
     flag.clear()
-    for generation in armed:
-        generation.command.cancel.arm(flag.raise_)
+    for generation in parts:
+        generation.command.cancel.arm(abort)
     started = service.clock()
     try:
         status = engine.decode(batch.spans)
     finally:
-        for generation in armed:
+        for generation in parts:
             generation.command.cancel.disarm()
     if status is DecodeStatus.OK:
         loaded.scheduler.observe(batch.n_rows, (service.clock() - started) * 1000)
     return status
+
+
+def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> None:
+    if all(generation.command.cancel.is_set for generation in parts):
+        flag.raise_()
 
 
 def _relieve(loaded: Loaded, batch: Batch) -> Batch | None:
@@ -422,7 +427,9 @@ def _resync(loaded: Loaded, batch: Batch) -> None:
     for span, generation in zip(batch.spans, batch.parts, strict=True):
         last = span.start + len(span.tokens) - int(span.output)
         keep = min(loaded.engine.seq_end(span.seq), last)
-        if keep < span.start or not loaded.engine.seq_trim(span.seq, keep):
+        # A state that cannot be cut back is corrupt after an abort, whatever length it claims.
+        lost = keep < span.start or not loaded.engine.limits.can_trim
+        if lost or not loaded.engine.seq_trim(span.seq, keep):
             loaded.engine.seq_clear(span.seq)
             keep = 0
         loaded.scheduler.resync(generation, span, keep)

@@ -75,7 +75,7 @@ def check_fits(info: ModelInfo, config: ModelConfig, *, freed: int = 0) -> Memor
     memory = plan(info, config)
     available = memory.available + freed
     if memory.needed > available:
-        raise InsufficientMemoryError(_refusal(info, config, memory, freed), needed=memory.needed, available=available)
+        raise InsufficientMemoryError(refusal(info, config, memory, freed), needed=memory.needed, available=available)
     return memory
 
 
@@ -205,9 +205,10 @@ def _compute_bytes(info: ModelInfo, config: ModelConfig, header: Header, n_cells
     rows = config.n_batch if info.is_embedding else min(config.n_ubatch, config.n_batch)
     width = header.integer(f"{info.architecture}.feed_forward_length", 4 * info.n_embd)
     activations = rows * (8 * info.n_embd + 3 * width)
-    scores = rows * max(n_cells, rows) * (info.n_head if config.flash_attn == "off" or not n_cells else 2)
+    mask, scores = 2, info.n_head if config.flash_attn == "off" else 0
+    attention = rows * max(n_cells, rows) * (mask + scores)
     logits = 0 if info.is_embedding else 2 * config.n_parallel * info.n_vocab
-    return _FLOAT * (activations + scores + logits)
+    return _FLOAT * (activations + attention + logits)
 
 
 # --- what there is
@@ -267,7 +268,8 @@ def _reclaimable(group: Path) -> int:
 # --- saying so
 
 
-def _refusal(info: ModelInfo, config: ModelConfig, memory: MemoryPlan, freed: int) -> str:
+def refusal(info: ModelInfo, config: ModelConfig, memory: MemoryPlan, freed: int = 0) -> str:
+    """The arithmetic of a plan that does not fit, and what to do."""
     weights = f"{shown_bytes(memory.weights)} weights + " if memory.weights_resident else ""
     mapped = "" if memory.weights_resident else f" (weights of {shown_bytes(memory.weights)} are mapped, not counted)"
     later = f" and {shown_bytes(freed)} that the present model gives back" if freed else ""

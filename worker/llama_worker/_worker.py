@@ -365,7 +365,10 @@ class LlamaWorker:
 
     async def _prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
         task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
-        return await asyncio.wrap_future(task)
+        try:
+            return await asyncio.wrap_future(task)
+        except WorkerClosed:
+            raise self._why_closed() from None
 
     def _put(self, request: Request) -> None:
         """Get `request` accepted, waiting for room if need be. Raises what `_settled` raises."""

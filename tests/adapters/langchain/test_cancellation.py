@@ -9,7 +9,6 @@ import pytest
 from langchain_core.exceptions import LangChainException
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from tests.adapters.langchain.conftest import ENDLESS, Stage
 
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
 from llama_worker import (
@@ -24,6 +23,7 @@ from llama_worker import (
     cancel_scope,
 )
 from llama_worker.testing import Fault, Gate, fake_loader, fake_worker
+from tests.adapters.langchain.conftest import ENDLESS, Stage
 
 MODELS = [ChatLlamaWorker, LlamaWorkerLLM]
 

@@ -19,6 +19,7 @@ from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, Unsuppor
 from llama_worker.testing import fake_worker
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Tell me of the sea.")]
+beta = pytest.mark.filterwarnings("ignore:.* is in beta")  # says langchain_core of what it is asked for here
 PARAMS: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
 
 
@@ -120,9 +121,9 @@ def test_streaming_false_makes_stream_answer_in_one_piece(worker: LlamaWorker) -
     assert len(list(chat(worker, streaming=False).stream(MESSAGES))) == 1
 
 
+@beta
 def test_the_v3_events_assemble_the_same_message(worker: LlamaWorker) -> None:
-    with pytest.warns(match="beta"):
-        stream = chat(worker).stream_events(MESSAGES, version="v3")
+    stream = chat(worker).stream_events(MESSAGES, version="v3")
     assert stream.output.text == chat(worker).invoke(MESSAGES).text
 
 
@@ -228,10 +229,10 @@ def test_a_model_by_name_survives_pickling_without_being_opened() -> None:
     assert twin._identifying_params == model._identifying_params
 
 
+@beta
 def test_a_model_with_a_worker_is_saved_with_that_workers_settings(worker: LlamaWorker) -> None:
     model = chat(worker, seed=4)
-    with pytest.warns(match="beta"):
-        twin = load(dumpd(model), valid_namespaces=["langchain_llama_worker"], allowed_objects=[ChatLlamaWorker])
+    twin = load(dumpd(model), valid_namespaces=["langchain_llama_worker"], allowed_objects=[ChatLlamaWorker])
     assert twin.worker is None
     assert twin._identifying_params == model._identifying_params
 

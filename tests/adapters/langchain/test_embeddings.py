@@ -7,11 +7,11 @@ import pickle
 from collections.abc import Iterator
 
 import pytest
-from tests.adapters.langchain.conftest import Stage
 
 from langchain_llama_worker import LlamaWorkerEmbeddings
 from llama_worker import ContextOverflowError, LlamaWorker
 from llama_worker.testing import fake_loader, fake_worker
+from tests.adapters.langchain.conftest import Stage
 
 TEXTS = ["one", "two", "three"]
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import GenerationChunk, LLMResult
-from tests.adapters.langchain.conftest import ENDLESS, Stage
 
 from langchain_llama_worker import LlamaWorkerLLM
 from llama_worker import ContextOverflowError, LlamaWorker
+from llama_worker.testing import FakeEngine, fake_loader, fake_worker
+from tests.adapters.langchain.conftest import ENDLESS, Stage
 
 PROMPTS = [f"Once upon a time {n}" for n in range(10)]
 PARAMS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
@@ -79,26 +80,14 @@ async def test_a_streams_chunks_are_announced_and_add_up(worker: LlamaWorker) ->
         assert (end.generation_info or {})["usage_metadata"]["output_tokens"] == 12
 
 
-def test_prompts_are_submitted_together(stage: Stage) -> None:
-    """While the first is held, the others already wait in the worker's queue."""
-    stage.gate.shut()
-    with stage.worker.stream("held", **ENDLESS) as held:
-        stage.gate.wait_reached()
-        done = asyncio.run(_generate_behind(stage))
-        held.close()
-    assert done == 3
-
-
-async def _generate_behind(stage: Stage) -> int:
-    task = asyncio.ensure_future(asyncio.to_thread(llm(stage.worker).generate, PROMPTS[:3]))
-    async with asyncio.timeout(30):
-        while (queued := stage.worker.status().queued + stage.worker.status().waiting) < 3:
-            await asyncio.sleep(0)
-    stage.worker.cancel_all()
-    stage.gate.open()
-    with pytest.raises(Exception, match="cancelled"):
-        await task
-    return queued
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_prompts_are_generated_side_by_side(asynchronous: bool) -> None:
+    """Four prompts of 200 tokens need about as many decodes as one, not 800."""
+    engines: list[FakeEngine] = []
+    with fake_worker(loader=fake_loader(seen=engines.append), n_parallel=4) as worker:
+        model = llm(worker, max_tokens=200)
+        asyncio.run(model.agenerate(PROMPTS[:4])) if asynchronous else model.generate(PROMPTS[:4])
+    assert engines[0].calls.count("decode") < 500
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

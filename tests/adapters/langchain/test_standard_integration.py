@@ -32,7 +32,7 @@ class TestChatLlamaWorkerIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": CHAT, "n_ctx": 2048, "temperature": 0, "max_tokens": 16}
+        return {"model": CHAT, "n_ctx": 2048, "n_threads": 1, "temperature": 0, "max_tokens": 16}
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
@@ -66,4 +66,4 @@ class TestLlamaWorkerEmbeddingsIntegration(EmbeddingsIntegrationTests):
 
     @property
     def embedding_model_params(self) -> dict[str, Any]:
-        return {"model": "demo://all-minilm-l6-v2"}
+        return {"model": "demo://all-minilm-l6-v2", "n_threads": 1}

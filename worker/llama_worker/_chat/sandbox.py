@@ -23,6 +23,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
+from llama_worker._chat.segments import MARKS
+
 _MAX_PADDING = 10_000
 _MAX_REPEATED = 100_000
 
@@ -118,9 +120,17 @@ def _tojson(
 ) -> str:
     """Transformers' filter: no HTML escapes, Unicode as it is. Takes generators (`map`, `select`) as lists."""
     _bound_padding(indent)
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_listed
     )
+    return _with_marks(text) if ensure_ascii else text
+
+
+def _with_marks(text: str) -> str:
+    """The marks around control texts must outlive JSON's escaping, or they would not be found."""
+    for mark in MARKS:
+        text = text.replace(json.dumps(mark)[1:-1], mark)
+    return text
 
 
 def _listed(value: Any) -> list[Any]:

@@ -13,12 +13,13 @@ the other.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
-_MARKS = str.maketrans("", "", _OPEN + _CLOSE)
+_OPEN, _CLOSE = MARKS = "\U000f0000", "\U000f0001"
+_WITHOUT_MARKS = str.maketrans("", "", _OPEN + _CLOSE)
 # A mark that lost its partner (a template may cut text anywhere) still separates what stands beside it.
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 # Of a control text that is cut in two, one half has at least two characters (all have three or more).
@@ -40,6 +41,8 @@ class ControlTextGuard:
 
     `control_texts`: what `parse_special` would turn into control tokens, and only that: tokens that llama.cpp
     parses always ("user defined" ones) cannot be prevented this way, and templates look for them.
+
+    Not prevented: a template that deletes something in the midst of a content can join what stood around it.
     """
 
     __slots__ = ("_firsts", "_heads", "_lengths", "_sizes", "_tails", "_texts")
@@ -60,7 +63,7 @@ class ControlTextGuard:
         The beginning and the end are marked too where, with what a template or another message puts beside
         them, they could complete a control text. The two mark characters are removed from `text` first.
         """
-        text = text.translate(_MARKS)
+        text = text.translate(_WITHOUT_MARKS)
         spans = list(self._occurrences(text))
         head = self._head(text, spans[0][0] if spans else len(text))
         tail = self._tail(text, spans[-1][1] if spans else head[1])
@@ -108,9 +111,9 @@ def find_contents(
     `skeleton` is the same template's rendering with `words[i]`, unique and found nowhere else, in place of
     `contents[i]` ("" for a content that was left as it is). The rendering must read exactly as the skeleton
     with each word replaced by its content, blanks at the content's ends possibly trimmed. If it does, the
-    text at a span *is* that content, and no literal of the template can be taken for it; if it
-    does not anywhere, because the template looked into a content, nothing is claimed. A content that
-    the template dropped or wrote more than once gets None.
+    text at a span *is* that content, and no literal of the template can be taken for it; if it does not
+    anywhere, because the template looked into a content, nothing is claimed. A content that the template
+    dropped, escaped or wrote more than once gets None.
     """
     nothing: tuple[Span | None, ...] = (None,) * len(words)
     index = {word: i for i, word in enumerate(words) if word}
@@ -127,7 +130,7 @@ def find_contents(
         position += size + len(literal)
     if position != len(rendered):
         return nothing
-    return tuple(found[0] if len(found := spans.get(i, [])) == 1 else None for i in range(len(words)))
+    return tuple(_only_verbatim(rendered, spans.get(i, []), content) for i, content in enumerate(contents))
 
 
 def _cut(skeleton: str, index: dict[str, int]) -> tuple[list[str], list[int]]:
@@ -139,12 +142,25 @@ def _cut(skeleton: str, index: dict[str, int]) -> tuple[list[str], list[int]]:
 
 
 def _matching_size(rendered: str, position: int, content: str, literal: str) -> int | None:
-    """The length of `content` as written at `position`, in full or trimmed, with `literal` behind it."""
-    for left in (content, content.lstrip("\n"), content.lstrip()):
-        for written in (left, left.rstrip("\n"), left.rstrip()):
-            if rendered.startswith(written, position) and rendered.startswith(literal, position + len(written)):
-                return len(written)
+    """The length of `content` as written at `position`, with `literal` behind it; None if it is not there."""
+    for written in _forms(content):
+        if rendered.startswith(written, position) and rendered.startswith(literal, position + len(written)):
+            return len(written)
     return None
+
+
+def _forms(content: str) -> Iterator[str]:
+    """How templates write a content: in full, trimmed, or (tool results) inside a JSON string."""
+    for left in (content, content.lstrip("\n"), content.lstrip()):
+        yield from (left, left.rstrip("\n"), left.rstrip())
+    yield json.dumps(content, ensure_ascii=False)[1:-1]
+
+
+def _only_verbatim(rendered: str, spans: list[Span], content: str) -> Span | None:
+    """The one span of `content`, if there is one and what stands there is not an escaped form."""
+    if len(spans) != 1 or rendered[slice(*spans[0])].strip() != content.strip():
+        return None
+    return spans[0]
 
 
 def _wrap(text: str, spans: Iterable[Span]) -> str:

@@ -16,6 +16,7 @@ from llama_worker._engine.library import Library, Pointer
 from llama_worker._errors import GenerationError
 
 _TEXTS: Final = 64
+_TOKENS: Final = 512  # in one batch every token is compared with every other, also across texts: longer costs more
 _POOLING: Final[dict[str, int]] = {"mean": 1, "cls": 2, "last": 3}
 
 
@@ -64,8 +65,8 @@ def embedding_limits(config: ModelConfig, info: ModelInfo) -> tuple[int, int, in
     A text must lie in one micro-batch, or its pooling would be cut; and within the trained context,
     because absolute positions end there.
     """
-    n_tokens = config.n_batch
-    n_text = min(n_tokens, info.n_ctx_train or n_tokens)
+    n_text = min(config.n_batch, info.n_ctx_train or config.n_batch)
+    n_tokens = max(n_text, min(config.n_batch, _TOKENS))
     n_seq = config.n_parallel if info.is_recurrent or info.is_hybrid else _TEXTS  # states cost memory each
     return n_tokens, n_text, n_seq
 

@@ -18,7 +18,8 @@ logger = logging.getLogger("llama_worker.llama_cpp")
 # Without a handler of the application's own, Python would print warnings to stderr.
 logger.addHandler(logging.NullHandler())
 
-_LEVELS: Final = {0: logging.DEBUG, 1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG}
+# As in ggml.h; the binding's own table is another, and takes every notice for a warning.
+_LEVELS: Final = {0: logging.DEBUG, 1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUED: Final = 5
 
 
@@ -41,6 +42,8 @@ class _ThreadLog(threading.local):
     def flush(self) -> None:
         line, self.pending = self.pending.rstrip(), ""
         if not line.strip("."):  # nothing, or a progress bar
+            return
+        if self.level < logging.ERROR and not logger.isEnabledFor(self.level):
             return
         if self.held is None:
             logger.log(self.level, "%s", line)

@@ -100,7 +100,7 @@ def _repetition(api: Any, vocab: SamplingVocab, params: SamplingParams) -> Itera
         penalties = (repeat, params.frequency_penalty, params.presence_penalty)
         yield api.llama_sampler_init_penalties(vocab.n_tokens, last_n, *penalties)
     if last_n := _dry_reach(vocab, params):
-        breakers = [_breaker(text) for text in params.dry_sequence_breakers]
+        breakers = [text.encode() for text in params.dry_sequence_breakers]
         yield api.llama_sampler_init_dry(
             vocab.pointer,
             params.dry_multiplier,
@@ -174,11 +174,3 @@ def _dry_reach(vocab: SamplingVocab, params: SamplingParams) -> int:
 
 def _last_n(value: int, n_ctx: int) -> int:
     return n_ctx if value < 0 else min(value, n_ctx)
-
-
-def _breaker(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        reason = "half a surrogate pair is no valid Unicode"
-        raise InvalidRequestError("dry_sequence_breakers", f"<str, {len(text)} characters>", reason) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from llama_worker import (
 )
 
 T = TypeVar("T")
+_NOTHING = Finished(reason="cancelled", text="", usage=Usage())
 
 
 class Call:
@@ -31,8 +32,15 @@ class Call:
     with finish_reason "cancelled": an exception would make LlamaIndex drop the partial answer.
     """
 
-    def __init__(self, connect: Callable[[], LlamaWorker], prompt: str | Sequence[Message], **options: Any) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], LlamaWorker],
+        model: str,
+        prompt: str | Sequence[Message],
+        options: Mapping[str, Any],
+    ) -> None:
         self._connect = connect
+        self._model = model
         self._prompt = prompt
         self._options = options
         self._context = copy_context()
@@ -51,41 +59,32 @@ class Call:
         try:
             self._stream = stream = self._context.run(lambda: worker.stream(self._prompt, **self._options))
         except GenerationCancelled:  # while it waited for room in the queue
-            yield _nothing(worker)
+            yield self._reply(_NOTHING)
             return
         for event in stream:
-            yield _read(event, worker)
+            yield self._read(event)
 
     async def aevents(self) -> AsyncGenerator[TextDelta | Reply, None]:
         worker = self._connect()
         self._stream = stream = self._context.run(lambda: worker.astream(self._prompt, **self._options))
         try:
             async for event in stream:
-                yield _read(event, worker)
+                yield self._read(event)
         except GenerationCancelled:
-            yield _nothing(worker)
+            yield self._reply(_NOTHING)
 
     def close(self) -> None:
         """Cancel the request if it was submitted. Idempotent, never blocks, any thread."""
         if self._stream is not None:
             self._stream.close()
 
+    def _read(self, event: StreamEvent) -> TextDelta | Reply:
+        if isinstance(event, Failed):
+            raise event.error
+        return event if isinstance(event, TextDelta) else self._reply(event)
 
-def _read(event: StreamEvent, worker: LlamaWorker) -> TextDelta | Reply:
-    if isinstance(event, Failed):
-        raise event.error
-    if isinstance(event, TextDelta):
-        return event
-    return _reply(event, worker)
-
-
-def _reply(end: Finished, worker: LlamaWorker) -> Reply:
-    model = worker.status().model
-    return Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model=model, logprobs=end.logprobs)
-
-
-def _nothing(worker: LlamaWorker) -> Reply:
-    return _reply(Finished(reason="cancelled", text="", usage=Usage()), worker)
+    def _reply(self, end: Finished) -> Reply:
+        return Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model=self._model, logprobs=end.logprobs)
 
 
 def owned(chunks: Generator[T, None, None], call: Call) -> Generator[T, None, None]:

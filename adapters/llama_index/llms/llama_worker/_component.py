@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar
 
 from llama_index.core.schema import BaseComponent
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from llama_worker import ConfigError, LlamaWorker, ModelConfig, ModelInfo, WorkerConfig, get_worker, inspect_model
+
+C = TypeVar("C", ModelConfig, WorkerConfig)
+_TEXTS = ("chat_template", "system_prompt", "stop")  # no text of a prompt belongs into a log
 
 
 class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
@@ -30,7 +34,6 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
         arbitrary_types_allowed=True,
         protected_namespaces=(),
     )
-    error_type: ClassVar[type[ConfigError]] = ConfigError
 
     model: Annotated[str, Field(min_length=1)] = ""
     worker: LlamaWorker | None = Field(default=None, exclude=True, repr=False)
@@ -41,7 +44,9 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_settings_of_worker(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _take_settings_of_worker(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
         worker = given.get("worker")
         if isinstance(worker, LlamaWorker):
             served = {name: getattr(worker.config, name) for name in ModelConfig.model_fields}
@@ -62,12 +67,20 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
 
     def _served(self) -> tuple[ModelInfo, int]:
         """The model and the tokens that one request may use. Before it is loaded, what the header says."""
+        if self.worker is not None and self.worker.is_closed:
+            return self.worker.info, self.worker.n_ctx  # which says so
         worker = self.worker or self._held
         if worker is not None and worker.status().state in ("ready", "draining"):
             return worker.info, worker.n_ctx
         info = inspect_model(self.model)
         n_ctx = self.n_ctx or info.n_ctx_train
         return info, min(n_ctx, self.n_kv_cells or n_ctx)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if value != field.default and field.repr and not (field.exclude or name in _TEXTS):
+                yield name, value
 
     def __getstate__(self) -> dict[str, Any]:
         # LlamaIndex's own method deletes what cannot be pickled from the very object that is pickled.
@@ -79,5 +92,5 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
         return super(WorkerComponent, twin).__getstate__()
 
 
-def _part[C: (ModelConfig, WorkerConfig)](component: WorkerComponent, settings: type[C]) -> C:
+def _part(component: WorkerComponent, settings: type[C]) -> C:
     return settings(**{name: getattr(component, name) for name in settings.model_fields})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 from llama_index.llms.llama_worker._component import WorkerComponent
+
+from llama_worker import LlamaWorker
 
 _LONGEST_KEPT = 1_000  # characters; LlamaIndex repeats short texts, and keeping whole documents would cost memory
 
@@ -15,24 +16,27 @@ class Tokenizer:
 
     LlamaIndex calls its tokenizer thousands of times for one page, some of them on the event loop. No
     call passes through the worker's queue or waits for a generation; the first may wait for the model to
-    load. Pickles with the component that made it.
+    load. Follows its worker through reloads, and pickles with the component that made it.
     """
 
     def __init__(self, component: WorkerComponent) -> None:
         self._component = component
-        self._remembered = _remembering(self._tokenize)
+        self._worker: LlamaWorker | None = None
+        self._remembered = lru_cache(maxsize=4096)(self._tokenize)
 
     def __call__(self, text: str) -> list[int]:
-        if len(text) > _LONGEST_KEPT:
-            return list(self._tokenize(text))
-        return list(self._remembered(text))
+        digest = self._attached().info.digest
+        tokenize = self._tokenize if len(text) > _LONGEST_KEPT else self._remembered
+        return list(tokenize(digest, text))
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[WorkerComponent]]:
         return Tokenizer, (self._component,)
 
-    def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self._component._connect().tokenize(text))
+    def _attached(self) -> LlamaWorker:
+        if self._worker is None or self._worker.is_closed:
+            self._worker = self._component._connect()
+        return self._worker
 
-
-def _remembering(tokenize: Callable[[str], tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
-    return lru_cache(maxsize=4096)(tokenize)
+    def _tokenize(self, digest: str, text: str) -> tuple[int, ...]:
+        # The digest is there for the cache alone: another model has other tokens.
+        return tuple(self._attached().tokenize(text))

@@ -1,0 +1,34 @@
+"""The profile that agents and middleware read: what a model can do and how much fits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from langchain_core.language_models import ModelProfile
+
+from llama_worker import ModelInfo
+
+
+def profile_of(info: ModelInfo, *, n_ctx: int, max_tokens: int | None) -> ModelProfile:
+    """`n_ctx` is what prompt and completion may use together; 0 means the trained context."""
+    limit = n_ctx or info.n_ctx_train
+    facts: dict[str, Any] = {
+        "name": info.name,
+        "open_weights": True,
+        "max_input_tokens": limit,
+        "max_output_tokens": min(max_tokens or limit, limit),
+        "text_inputs": True,
+        "image_inputs": False,
+        "audio_inputs": False,
+        "video_inputs": False,
+        "text_outputs": True,
+        "image_outputs": False,
+        "audio_outputs": False,
+        "video_outputs": False,
+        "reasoning_output": False,
+        "tool_calling": False,
+        "structured_output": False,
+        "temperature": True,
+    }
+    # An older core warns of keys that it does not know.
+    return cast("ModelProfile", {key: facts[key] for key in facts if key in ModelProfile.__annotations__})

@@ -1,0 +1,161 @@
+"""From the first use to the last: registry, copies, closing, dropping, leaving the interpreter."""
+
+import asyncio
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerClosed, WorkerConfig, close_all, get_worker
+from llama_worker.testing import fake_loader, fake_worker
+from tests.worker.waiting import wait_until
+
+
+@pytest.fixture(autouse=True)
+def _clean_registry():
+    yield
+    close_all()
+
+
+def test_equal_configurations_share_one_worker():
+    config = ModelConfig(model="/nowhere/model.gguf", n_ctx=512)
+    worker = get_worker(config)
+    assert get_worker(ModelConfig(model="/nowhere/../nowhere/model.gguf", n_ctx=512)) is worker
+    assert get_worker(ModelConfig(model="/nowhere/model.gguf", n_ctx=1024)) is not worker
+    assert get_worker(config, WorkerConfig(queue_size=9)) is not worker
+
+
+def test_the_registry_loads_in_the_background_and_the_first_use_learns_of_a_failure():
+    worker = get_worker("/nowhere/model.gguf")
+    with pytest.raises(ModelLoadError):
+        worker.generate("hello")
+    wait_until(lambda: worker.is_closed)
+    assert get_worker("/nowhere/model.gguf") is not worker
+
+
+async def test_an_async_first_use_learns_of_a_failure_too():
+    worker = get_worker("/nowhere/model.gguf")
+    with pytest.raises(ModelLoadError):
+        await worker.agenerate("hello")
+    with pytest.raises(ModelLoadError):
+        await worker.aembed(["hello"])
+
+
+def test_copies_are_the_same_worker_and_a_pickle_finds_it_again():
+    worker = get_worker("/nowhere/model.gguf")
+    assert copy.deepcopy({"worker": worker})["worker"] is worker
+    assert copy.copy(worker) is worker
+    if not worker.is_closed:
+        assert isinstance(pickle.loads(pickle.dumps(worker)), LlamaWorker)
+
+
+def test_close_is_idempotent_and_final():
+    worker = fake_worker("answer")
+    worker.close()
+    worker.close()
+    assert worker.is_closed
+    with pytest.raises(WorkerClosed):
+        worker.generate("hello")
+    with pytest.raises(WorkerClosed):
+        worker.embed(["hello"])
+
+
+async def test_aclose_waits_for_the_worker_without_blocking():
+    worker = fake_worker("answer")
+    await worker.aclose()
+    assert worker.is_closed
+    with pytest.raises(WorkerClosed):
+        await worker.agenerate("hello")
+
+
+def test_a_worker_that_is_dropped_ends_its_thread_and_frees_its_engine():
+    engines = []
+    worker = fake_worker(loader=fake_loader("answer", seen=engines.append))
+    thread = worker._thread
+    del worker
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert engines[0].closed
+    assert all(sampler.closed for sampler in engines[0].samplers)
+
+
+def test_one_worker_serves_several_event_loops_that_come_and_go():
+    with fake_worker("answer", n_parallel=2) as worker:
+
+        def run_loop() -> list[str]:
+            async def ask() -> list[str]:
+                return [reply.text for reply in await asyncio.gather(*[worker.agenerate("x") for _ in range(5)])]
+
+            return asyncio.run(ask())
+
+        results: list[list[str]] = []
+        threads = [threading.Thread(target=lambda: results.append(run_loop())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert results == [["answer"] * 5] * 4
+
+
+LEAVING = {
+    "idle": "",
+    "a stream half read": "stream = worker.stream('x', max_tokens=3000, ignore_eos=True); next(stream)",
+    "a request in a thread": "threading.Thread(target=ask, args=(worker,), daemon=True).start()",
+    "a decode that hangs": "worker = hanging(); stream = worker.stream('x')",
+    "an async stream left": "asyncio.run(anext(worker.astream('x', max_tokens=3000, ignore_eos=True)))",
+    "closed": "worker.close()",
+}
+
+
+@pytest.mark.parametrize("situation", LEAVING)
+def test_the_interpreter_leaves_at_once_in_any_state(situation: str):
+    """Exit status 0, nothing on stderr, without close()."""
+    program = f"""
+        import asyncio, threading
+        from llama_worker import WorkerClosed
+        from llama_worker.testing import *
+
+        def ask(worker):
+            try:
+                worker.generate('x', max_tokens=3000, ignore_eos=True)
+            except WorkerClosed:
+                pass
+
+        def hanging():
+            return fake_worker(loader=fake_loader(faults=[Fault('decode', 'hang')]))
+
+        worker = fake_worker()
+        {LEAVING[situation]}
+        print("leaving", flush=True)
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "leaving\n", "")
+
+
+def test_a_forked_child_does_not_inherit_the_registry():
+    program = """
+        import os, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about forking with threads
+        from llama_worker import get_worker
+        worker = get_worker("/nowhere/model.gguf")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if get_worker("/nowhere/model.gguf") is not worker else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert result.stdout == "0\n"

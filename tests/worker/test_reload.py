@@ -1,0 +1,184 @@
+"""Reload: those who run are finished, those who wait run on the new model, and a failure costs nothing."""
+
+import asyncio
+
+import pytest
+
+from llama_worker import ConfigError, Finished, Message, ModelConfig, ModelLoadError, WorkerClosed
+from llama_worker._engine.base import LoadedModel
+from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
+from tests.worker.bench import Bench
+from tests.worker.waiting import in_thread, wait_until
+
+CHAT = [Message(role="user", content="hello")]
+
+
+def test_running_requests_are_finished_and_waiting_ones_run_on_the_new_model():
+    bench = Bench("a long enough answer", n_parallel=1).load()
+    running, _ = bench.ask(CHAT, max_tokens=100)
+    waiting, _ = bench.ask(CHAT, max_tokens=100)
+    bench.step(2)
+    old = bench.engine
+    reload = bench.reload(n_ctx=512)
+    queued, _ = bench.ask(CHAT, max_tokens=100)
+    bench.settle(running, waiting, queued)
+    assert reload.answer.result(0) is None
+    assert old.closed
+    assert [sink.text for sink in (running, waiting, queued)] == ["a long enough answer"] * 3
+    assert bench.published.view().n_ctx == 512
+    assert len(bench.engines) == 2
+
+
+def test_now_cancels_what_runs():
+    bench = Bench(n_parallel=1).load()
+    running, _ = bench.ask("a", max_tokens=1000, ignore_eos=True)
+    waiting, _ = bench.ask("b", max_tokens=3, ignore_eos=True)
+    bench.step(3)
+    bench.reload(when="now")
+    bench.settle(running, waiting)
+    assert isinstance(running.terminal, Finished)
+    assert running.terminal.reason == "cancelled"
+    assert isinstance(waiting.terminal, Finished)
+    assert waiting.terminal.reason == "length"
+
+
+def test_a_preempted_request_is_drained_too():
+    bench = Bench(n_ctx=256, n_parallel=3).load()
+    sinks = [bench.ask(f"{i}" * 60, max_tokens=100, ignore_eos=True)[0] for i in range(3)]
+    while not any(g.has_begun for g in bench.scheduler.waiting):
+        bench.step()
+    bench.reload(n_ctx=512)
+    bench.settle(*sinks)
+    assert [sink.terminal.usage.completion_tokens for sink in sinks] == [100, 100, 100]
+
+
+def test_a_request_that_no_longer_fits_fails_alone():
+    bench = Bench(n_ctx=4096, n_parallel=1).load()
+    running, _ = bench.ask("a", max_tokens=4)
+    too_long, _ = bench.ask("b" * 1000, max_tokens=4)
+    fits, _ = bench.ask("c" * 10, max_tokens=4)
+    bench.reload(n_ctx=256)
+    bench.settle(running, too_long, fits)
+    assert type(getattr(too_long.terminal, "error", None)).__name__ == "ContextOverflowError"
+    assert isinstance(fits.terminal, Finished)
+
+
+def test_embeddings_wait_through_a_reload():
+    bench = Bench().load()
+    answers = [bench.embed(f"text {i}")[0] for i in range(3)]
+    bench.reload(n_ctx=1024)
+    bench.settle(*answers)
+    assert [len(answer.result(0)) for answer in answers] == [1, 1, 1]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one_serving():
+    bench = Bench(loader=picky_loader()).load()
+    failed = bench.reload(model="fake://broken")
+    bench.step(3)
+    error = failed.answer.exception(0)
+    assert isinstance(error, ModelLoadError)
+    assert error.previous_restored
+    sink, _ = bench.ask(CHAT)
+    bench.settle(sink)
+    assert sink.text == "answer"
+
+
+def test_unloaded_is_a_living_state_that_a_reload_mends():
+    """The old model is gone too: requests are refused with the reason, and the next reload serves again."""
+    loads = iter([True, False, False, True])
+    bench = Bench(loader=picky_loader(lambda: next(loads))).load()
+    failed = bench.reload(model="fake://other")
+    bench.step(3)
+    assert not failed.answer.exception(0).previous_restored  # type: ignore[union-attr]
+    assert bench.service.state == "unloaded"
+    with pytest.raises(ModelLoadError):
+        bench.published.view(0)
+    mended = bench.reload(model="fake://third")
+    bench.step(3)
+    assert mended.answer.result(0) is None
+    sink, _ = bench.ask(CHAT)
+    bench.settle(sink)
+    assert sink.text == "answer"
+
+
+def test_reload_changes_the_named_fields_only():
+    with fake_worker("answer", n_ctx=1024, n_parallel=2) as worker:
+        worker.reload(n_ctx=2048)
+        assert (worker.config.n_ctx, worker.config.n_parallel) == (2048, 2)
+        worker.reload(ModelConfig(model="fake://other"))
+        assert (worker.info.name, worker.config.n_parallel) == ("other", 4)
+        assert worker.status().epoch == 3
+        with pytest.raises(ConfigError) as error:
+            worker.reload(n_ctx=-5)
+        assert error.value.field == "n_ctx"
+        with pytest.raises(ConfigError, match="unknown"):
+            worker.reload(n_ctxx=5)
+
+
+async def test_areload_does_not_block_the_loop_and_survives_its_tasks_cancellation():
+    gate = Gate()
+    with fake_worker(loader=fake_loader("answer", gate=gate)) as worker:
+        gate.shut()
+        running = asyncio.create_task(worker.agenerate("hello"))
+        await asyncio.to_thread(gate.wait_reached)
+        reload = asyncio.create_task(worker.areload(n_ctx=512))
+        while worker._channel._controls or worker.status().state == "ready":
+            if worker.status().state == "ready" and worker._channel._controls:
+                break
+            await asyncio.sleep(0)
+        reload.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reload
+        gate.open()
+        assert (await running).text == "answer"
+        while worker.status().epoch < 2:
+            await asyncio.sleep(0)
+        assert (await worker.agenerate("again")).text == "answer"
+        assert worker.n_ctx == 512
+
+
+def test_reload_under_load_loses_nothing():
+    """Eight threads ask on while the model is reloaded ten times: every answer is whole."""
+    with fake_worker("the whole answer", n_parallel=3) as worker:
+        outcomes = [in_thread(lambda: [worker.generate(CHAT).text for _ in range(25)]) for _ in range(8)]
+        for i in range(10):
+            worker.reload(n_ctx=1024 + 256 * i)
+        assert [outcome() for outcome in outcomes] == [["the whole answer"] * 25] * 8
+        assert worker.status().epoch == 11
+
+
+def test_a_closed_worker_refuses_to_reload():
+    worker = fake_worker("answer")
+    worker.close()
+    with pytest.raises(WorkerClosed):
+        worker.reload(n_ctx=512)
+
+
+def test_closing_in_the_middle_of_a_reload_answers_it():
+    gate = Gate()
+    worker = fake_worker(loader=fake_loader("answer", gate=gate))
+    gate.shut()
+    stream = worker.stream("hello")
+    gate.wait_reached()
+    reload = in_thread(lambda: worker.reload(n_ctx=512))
+    wait_until(lambda: worker._channel._controls)
+    closing = in_thread(worker.close)
+    gate.open()
+    closing()
+    assert reload() is None or isinstance(reload(), WorkerClosed)
+    assert list(stream)
+
+
+def picky_loader(succeeds=None):
+    """Loads what is not called broken, or as `succeeds` says."""
+    inner = fake_loader("answer")
+    engines: list[FakeEngine] = []
+
+    def load(config: ModelConfig) -> LoadedModel:
+        if not (succeeds() if succeeds else "broken" not in config.model):
+            raise ModelLoadError(f"{config.model} cannot be loaded")
+        loaded = inner(config)
+        engines.append(loaded.engine)  # type: ignore[arg-type]
+        return loaded
+
+    return load

@@ -1,0 +1,189 @@
+"""`python -m llama_worker`: look at a model, or talk to it.
+
+    describe MODEL    what its header says and what memory it would take
+    chat MODEL        Ctrl-C ends an answer, Ctrl-D or /exit the program
+
+Errors are one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llama_worker import (
+    EventStream,
+    Failed,
+    Finished,
+    LlamaWorker,
+    LlamaWorkerError,
+    Message,
+    ModelConfig,
+    ModelInfo,
+    RequestError,
+    SamplingParams,
+    TextDelta,
+    UnsupportedFeatureError,
+    inspect_model,
+)
+from llama_worker._memory import MemoryPlan, plan, refusal, shown_bytes
+
+_FAILED = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except LlamaWorkerError as error:
+        _complain(error)
+        return _FAILED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llama_worker", description="Look at a GGUF model, or talk to it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("model", metavar="MODEL", help="a path to a GGUF file, or demo://smollm2-135m-instruct")
+    common.add_argument("--n-ctx", type=int, default=4096, help="tokens of context; 0: what it was trained with")
+    describe = commands.add_parser("describe", parents=[common], help="what a model is and what memory it takes")
+    describe.set_defaults(run=_describe)
+    chat = commands.add_parser("chat", parents=[common], help="talk to a model")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--temperature", type=float, help="0 always takes the likeliest token; default 0.8")
+    chat.add_argument("--max-tokens", type=int, help="end each answer after so many tokens")
+    chat.add_argument("--seed", type=int, help="for answers that can be repeated")
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def _complain(error: LlamaWorkerError) -> None:
+    print("llama_worker:", " ".join(str(error).split()), file=sys.stderr)
+
+
+# --- describe
+
+
+def _describe(options: argparse.Namespace) -> int:
+    config = ModelConfig(model=options.model, n_ctx=options.n_ctx)
+    info = inspect_model(options.model)
+    memory = plan(info, config)
+    rows = [*_model_rows(info), ("", ""), *_memory_rows(info, config, memory)]
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows))
+    return 0
+
+
+def _model_rows(info: ModelInfo) -> list[tuple[str, str]]:
+    return [
+        ("model", info.name),
+        ("file", str(Path(info.path))),
+        ("architecture", f"{info.architecture}, {_kind(info)}"),
+        ("size", f"{shown_bytes(info.size)}, {info.n_params / 1e6:,.1f} million parameters"),
+        ("trained context", f"{info.n_ctx_train:,} tokens"),
+        ("vocabulary", f"{info.n_vocab:,} tokens"),
+        ("layers", f"{info.n_layer}, {info.n_embd} wide, {info.n_head} heads, {info.n_head_kv} KV heads"),
+        ("chat template", f"{len(info.chat_template):,} characters" if info.chat_template else "none"),
+        ("digest", info.digest),
+    ]
+
+
+def _kind(info: ModelInfo) -> str:
+    if info.is_embedding:
+        return f"embeds texts (pooling: {info.pooling or 'mean'})"
+    memory = "recurrent" if info.is_recurrent else "hybrid" if info.is_hybrid else "attention"
+    window = f", sliding window of {info.n_swa:,} tokens" if info.n_swa else ""
+    return f"generates text ({memory}{window})"
+
+
+def _memory_rows(info: ModelInfo, config: ModelConfig, memory: MemoryPlan) -> list[tuple[str, str]]:
+    cells = f" ({memory.n_cells:,} tokens, {config.type_k})" if memory.n_cells else ""
+    return [
+        ("weights", f"{shown_bytes(memory.weights)} (mapped from the file)"),
+        ("KV cache", shown_bytes(memory.kv) + cells),
+        ("compute buffers", f"{shown_bytes(memory.compute)} at most"),
+        ("total", shown_bytes(memory.total)),
+        ("memory", f"{shown_bytes(memory.available)} available of {shown_bytes(memory.installed)}"),
+        ("verdict", "fits" if memory.needed <= memory.available else refusal(info, config, memory)),
+    ]
+
+
+# --- chat
+
+
+def _chat(options: argparse.Namespace) -> int:
+    sampling = {
+        name: value for name in ("temperature", "max_tokens", "seed") if (value := getattr(options, name)) is not None
+    }
+    SamplingParams(**sampling)  # complain before a model is loaded
+    if inspect_model(options.model).is_embedding:
+        raise UnsupportedFeatureError("chat", f"{options.model} embeds texts; use LlamaWorker.embed")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
+    history = (Message(role="system", content=options.system),) if options.system else ()
+    config = ModelConfig(model=options.model, n_ctx=options.n_ctx, n_parallel=1)
+    with LlamaWorker(config) as worker:
+        _talk(worker, history, sampling)
+    return 0
+
+
+def _talk(worker: LlamaWorker, history: tuple[Message, ...], sampling: dict[str, Any]) -> None:
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+            if line == "/exit":
+                return
+            if line:
+                history = _turn(worker, (*history, Message(role="user", content=line)), sampling)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends)")
+        except RequestError as error:
+            _complain(error)
+
+
+def _turn(worker: LlamaWorker, messages: tuple[Message, ...], sampling: dict[str, Any]) -> tuple[Message, ...]:
+    """Print the answer as it comes; the history with it. Raises what the request failed with."""
+    with worker.stream(messages, **sampling) as stream, _interrupt_closes(stream):
+        for event in stream:
+            match event:
+                case TextDelta(text=text):
+                    print(text, end="", flush=True)
+                case Finished(reason=reason, text=text):
+                    print(" (cancelled)" if reason == "cancelled" else "", flush=True)
+                    messages = (*messages, Message(role="assistant", content=text))
+                case Failed(error=error):
+                    print(flush=True)
+                    raise error
+    return messages
+
+
+@contextlib.contextmanager
+def _interrupt_closes(stream: EventStream) -> Iterator[None]:
+    """Ctrl-C closes `stream`, which then ends in order, instead of raising somewhere within it."""
+
+    def close(_signal: int, _frame: FrameType | None) -> None:
+        stream.close()
+
+    previous = signal.signal(signal.SIGINT, close)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
