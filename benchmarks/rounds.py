@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from benchmarks import places
+from benchmarks import places, quiet
 from benchmarks.drive import Figures
 from benchmarks.lines import Contestant, Line
 
@@ -18,30 +18,52 @@ SIDE_SHOWS = 5
 """Rounds of a contestant that no target rests on."""
 
 
+ATTEMPTS = 3
+"""A run that others disturbed is repeated so often; the least disturbed one counts."""
+
+Runner = Callable[[Contestant], list[str]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a contestant printed, and the share of the machine that others used meanwhile."""
+
+    figures: Figures
+    disturbance: float
+
+
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What a line's contestants printed, by contestant and round (None where one did not take part or failed)."""
+    """The runs of a line by contestant and round; None where one did not take part or failed."""
 
     line: Line
-    figures: dict[str, list[Figures | None]] = field(default_factory=dict)
+    runs: dict[str, list[Run | None]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def disturbed(self) -> int:
+        """Runs that counted although others used more than is tolerated."""
+        counted = [run for runs in self.runs.values() for run in runs if run is not None]
+        return sum(run.disturbance > quiet.TOLERATED for run in counted)
 
-Runner = Callable[[Contestant], list[str]]
+
+class ContestantFailed(Exception):
+    """A contestant did not print its figures; says why."""
 
 
-def run_line(line: Line, n_rounds: int, command: Runner, say: Callable[[str], None]) -> Result:
+def run_line(line: Line, n_rounds: int, command: Runner, say: Say) -> Result:
     """All rounds of `line`. A contestant that fails once is left out from then on, with the reason kept."""
-    result = Result(line=line, figures={contestant.name: [] for contestant in line.contestants})
+    result = Result(line=line, runs={contestant.name: [] for contestant in line.contestants})
     began = time.monotonic()
     for number in range(n_rounds):
         for contestant in _order(line, number):
-            figures = None
+            run = None
             if contestant.name not in result.failures and _takes_part(contestant, number, n_rounds):
-                figures = _attempt(contestant, command(contestant), result)
-                say(f"{line.name} {number + 1}/{n_rounds} {contestant.name}: {_brief(line, figures)}")
-            result.figures[contestant.name].append(figures)
+                run = _attempt(contestant, command(contestant), result)
+                say(f"{line.name} {number + 1}/{n_rounds} {contestant.name}: {_brief(line, run)}")
+            result.runs[contestant.name].append(run)
     result.seconds = time.monotonic() - began
     return result
 
@@ -56,19 +78,35 @@ def _takes_part(contestant: Contestant, number: int, n_rounds: int) -> bool:
     return contestant.gates or n_rounds <= SIDE_SHOWS or number % (n_rounds // SIDE_SHOWS) == 0
 
 
-def _attempt(contestant: Contestant, command: list[str], result: Result) -> Figures | None:
+def _attempt(contestant: Contestant, command: list[str], result: Result) -> Run | None:
+    try:
+        return _least_disturbed(command)
+    except ContestantFailed as failed:
+        result.failures[contestant.name] = str(failed)
+        return None
+
+
+def _least_disturbed(command: list[str]) -> Run:
+    runs: list[Run] = []
+    while len(runs) < ATTEMPTS and (not runs or runs[-1].disturbance > quiet.TOLERATED):
+        meter = quiet.Meter()
+        figures = _figures(command)
+        runs.append(Run(figures=figures, disturbance=meter.disturbance()))
+    return min(runs, key=lambda run: run.disturbance)
+
+
+def _figures(command: list[str]) -> Figures:
+    """Run a contestant in a fresh process. Raises ContestantFailed."""
     try:
         done = subprocess.run(
             command, cwd=places.ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=True, env=_environment()
         )
         figures: Figures = json.loads(done.stdout.splitlines()[-1])
     except subprocess.CalledProcessError as failed:
-        result.failures[contestant.name] = _last_line(failed.stderr) or f"exit status {failed.returncode}"
+        raise ContestantFailed(_last_line(failed.stderr) or f"exit status {failed.returncode}") from failed
     except (subprocess.TimeoutExpired, ValueError, IndexError) as failed:
-        result.failures[contestant.name] = f"{type(failed).__name__}: {failed}"
-    else:
-        return figures
-    return None
+        raise ContestantFailed(type(failed).__name__) from failed
+    return figures
 
 
 def _environment() -> dict[str, str]:
@@ -81,5 +119,8 @@ def _last_line(text: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def _brief(line: Line, figures: Figures | None) -> str:
-    return "failed" if figures is None else f"{figures[line.shown]:.4g} {line.unit}"
+def _brief(line: Line, run: Run | None) -> str:
+    if run is None:
+        return "failed"
+    disturbed = f" (disturbed: {run.disturbance:.0%})" if run.disturbance > quiet.TOLERATED else ""
+    return f"{run.figures[line.shown]:.4g} {line.unit}{disturbed}"

@@ -63,4 +63,4 @@ def _pairs(claim: Claim, result: Result) -> list[float]:
 
 
 def _figures(result: Result, figure: Figure) -> list[float | None]:
-    return [None if row is None else row[figure.name] for row in result.figures[figure.contestant]]
+    return [None if run is None else run.figures[figure.name] for run in result.runs[figure.contestant]]

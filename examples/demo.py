@@ -29,9 +29,9 @@ def main(max_tokens: int = 64) -> None:
     embedding = LlamaWorkerEmbedding(worker=embed_worker)
     index = VectorStoreIndex([TextNode(text=section) for section in sections], embed_model=embedding)
     llm = LlamaWorkerLLM(worker=chat_worker, temperature=0.0, max_tokens=max_tokens)
-    response = index.as_query_engine(llm=llm, similarity_top_k=1, streaming=True).query(QUESTION)
-    response.print_response_stream()
-    print(f"\n  source: {response.source_nodes[0].text!r}")
+    response = index.as_query_engine(llm=llm, similarity_top_k=1).query(QUESTION)
+    print(response)
+    print(f"  source: {response.source_nodes[0].text!r}")
 
     same = LlamaWorkerEmbeddings(worker=embed_worker).embed_query(QUESTION) == embedding.get_text_embedding(QUESTION)
     print(f"\nTwo workers served both frameworks; the same question has the same vector in both: {same}")

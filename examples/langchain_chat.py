@@ -14,7 +14,7 @@ MESSAGES = [
 
 def main(max_tokens: int = 48) -> None:
     chat = ChatLlamaWorker(model="demo://smollm2-135m-instruct", temperature=0, max_tokens=max_tokens)
-    answer = AIMessageChunk("")
+    answer = AIMessageChunk(content="")
     for chunk in chat.stream(MESSAGES):
         print(chunk.text, end="", flush=True)
         answer += chunk

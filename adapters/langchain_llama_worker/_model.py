@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from langchain_core.language_models.base import LangSmithParams
 from pydantic import model_validator
 
 from langchain_llama_worker._calls import Call
 from langchain_llama_worker._errors import mapped_errors
-from langchain_llama_worker._params import PROVIDER, ModelFields, SamplingFields, log_inert
+from langchain_llama_worker._params import PROVIDER, ModelFields, SamplingFields, log_inert, merged_stops
 from llama_worker import (
     InvalidRequestError,
     Message,
@@ -52,7 +52,7 @@ class GenerationFields(SamplingFields, ModelFields):
     @model_validator(mode="after")
     def _set_llama_worker_version(self) -> Self:
         add: Callable[[str, str], None] | None = getattr(self, "_add_version", None)
-        if add is not None:  # not before langchain-core 1.5
+        if add is not None:  # an older core does not keep versions
             add("llama-worker", __version__)
         return self
 
@@ -64,19 +64,21 @@ class GenerationFields(SamplingFields, ModelFields):
         stops = sampling.pop("stop")
         return {**self._settings().model_dump(), **sampling, "stop_sequences": list(stops)}
 
-    def _tracing_params(self, kind: str, stop: list[str] | None, kwargs: Mapping[str, Any]) -> LangSmithParams:
-        changes = {name: value for name, value in kwargs.items() if name in SamplingParams.model_fields}
-        sampling = self._sampling(stop, changes)
+    def _tracing_params(
+        self, kind: Literal["chat", "llm"], stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> LangSmithParams:
+        # Unchecked: a bad value is for the call to report, not for its trace.
+        temperature, max_tokens = (kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens"))
         params = LangSmithParams(
             ls_provider=PROVIDER,
             ls_model_name=str(kwargs.get("model") or self._model_name),
-            ls_model_type="chat" if kind == "chat" else "llm",
-            ls_temperature=sampling.temperature,
+            ls_model_type=kind,
+            ls_temperature=SamplingParams().temperature if temperature is None else temperature,
         )
-        if sampling.max_tokens is not None:
-            params["ls_max_tokens"] = sampling.max_tokens
-        if sampling.stop:
-            params["ls_stop"] = list(sampling.stop)
+        if max_tokens is not None:
+            params["ls_max_tokens"] = max_tokens
+        if stops := merged_stops(self.stop, stop):
+            params["ls_stop"] = stops
         return params
 
     def _call(self, prompt: str | Sequence[Message], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Call:
@@ -107,12 +109,12 @@ def _check_keywords(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if name in _OPTIONS or name in SamplingParams.model_fields:
             continue
-        if name in _INERT:
-            log_inert(name)
-        elif name not in _FORBIDDEN:
+        if name not in _INERT and name not in _FORBIDDEN:
             raise InvalidRequestError(name, value, _unknown(name))
-        elif value:
+        if name in _FORBIDDEN and value:
             raise UnsupportedFeatureError(name, _FORBIDDEN[name])
+        if value is not None:
+            log_inert(name)
 
 
 def _unknown(name: str) -> str:

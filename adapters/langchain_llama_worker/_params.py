@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 @cache
 def log_inert(keyword: str) -> None:
     """Say once in a process that `keyword` is accepted for compatibility and does nothing."""
-    _log.info("%s has no effect on a local model and is ignored", keyword)
+    _log.info("%s has no effect here and is ignored", keyword)
 
 
 class ModelFields(BaseModel):
@@ -52,7 +52,7 @@ class ModelFields(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
     model: str | None = Field(default=None, validation_alias=AliasChoices("model", "model_path"))
-    worker: LlamaWorker | None = Field(default=None, exclude=True, repr=False)
+    worker: LlamaWorker | None = Field(default=None, exclude=True)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_retries: int = Field(default=2, ge=0)
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -182,9 +182,13 @@ class SamplingFields(BaseModel):
 
     def _sampling(self, stop: list[str] | None = None, changes: Mapping[str, Any] | None = None) -> SamplingParams:
         """What a call samples with: `changes` replace our fields, `stop` adds to them."""
-        stops = dict.fromkeys([*_strings(self.stop), *_strings(stop)])
-        fields = {**_given(self, SamplingParams), **(changes or {}), "stop": tuple(stops)}
+        fields = {**_given(self, SamplingParams), **(changes or {}), "stop": merged_stops(self.stop, stop)}
         return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+
+
+def merged_stops(*stops: list[str] | str | None) -> list[str]:
+    """All of them, each once, in order."""
+    return list(dict.fromkeys(text for stop in stops for text in _strings(stop)))
 
 
 def _strings(stop: list[str] | str | None) -> list[str]:

@@ -95,4 +95,4 @@ def main(model: str, seed: int, count: int) -> int:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))  # noqa: T201
+    print(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -51,17 +51,19 @@ class ListSink:
 class Bench:
     """One worker on the test's own thread. `clock` is moved by hand."""
 
-    def __init__(self, *replies: str, loader: Any = None, capacity: int = 64, **config: Any) -> None:
+    def __init__(
+        self, *replies: str, loader: Any = None, capacity: int = 64, step_budget_ms: float = 100.0, **config: Any
+    ) -> None:
         self.engines: list[FakeEngine] = []
         self.now = 0.0
         self.published = Published()
         self.channel = CommandChannel(capacity)
-        self.config = ModelConfig(model="fake://model", **config)
+        self.config = ModelConfig(**{"model": "fake://model", **config})
         self.service = Service(
             channel=self.channel,
             loader=loader or fake_loader(*replies, seen=self.engines.append),
             config=self.config,
-            step_budget_ms=100.0,
+            step_budget_ms=step_budget_ms,
             preparer=Preparer(),
             publish=self.published.show,
             clock=lambda: self.now,

@@ -149,10 +149,14 @@ class QueueFull(LlamaWorkerError):
 
 
 class DeadlineExceeded(LlamaWorkerError):
-    """The request took longer than its `timeout`, time in the queue included."""
+    """The request took longer than its `timeout` in seconds, time in the queue included.
 
-    def __init__(self, timeout: float) -> None:
-        super().__init__(f"not finished within timeout={timeout:g} s; raise it or ask for fewer tokens")
+    `timeout` is None when the deadline was that of a cancel_scope.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        limit = "the deadline of its cancel_scope" if timeout is None else f"timeout={timeout:g} s"
+        super().__init__(f"not finished within {limit}; allow more time or ask for fewer tokens")
         self.timeout = timeout
 
 

@@ -297,7 +297,7 @@ def _end_early(loaded: Loaded, generation: Generation) -> None:
 
 
 def _exceeded(request: Request) -> DeadlineExceeded:
-    return DeadlineExceeded(request.job.request.timeout or 0.0)
+    return DeadlineExceeded(request.job.request.timeout)
 
 
 def _is_past(service: Service, deadline: float | None) -> bool:

@@ -16,6 +16,7 @@ from llama_worker._engine.header import Header, read_header
 from llama_worker._errors import ModelLoadError, ModelNotFoundError
 
 _MIB: Final = 2**20
+_MAX_LAYERS: Final = 4096  # llama.cpp allows 512
 _POOLING: Final = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # They have no output head at all; some of their files do not say how they pool.
 _ENCODERS: Final = frozenset(
@@ -121,7 +122,9 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
     if not architecture:
         raise ModelLoadError(f"{path.name} does not name its architecture (general.architecture); it is no model file")
     key = f"{architecture}.".__add__
-    n_head = header.integer(key("attention.head_count"))
+    n_layer, n_head = header.integer(key("block_count")), header.integer(key("attention.head_count"))
+    if n_layer > _MAX_LAYERS:
+        raise ModelLoadError(f"{path.name} is damaged: it claims {n_layer} layers. Fetch the file again")
     has_state = any(name.startswith(key(state)) for name in header.values for state in _STATE_KEYS)
     pooling = header.values.get(key("pooling_type"))
     return ModelInfo(
@@ -133,7 +136,7 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
         n_vocab=header.lengths.get("tokenizer.ggml.tokens", header.integer(key("vocab_size"))),
         n_ctx_train=header.integer(key("context_length")),
         n_embd=header.integer(key("embedding_length")),
-        n_layer=header.integer(key("block_count")),
+        n_layer=n_layer,
         n_head=n_head,
         n_head_kv=header.integer(key("attention.head_count_kv"), n_head),
         chat_template=header.text("tokenizer.chat_template"),

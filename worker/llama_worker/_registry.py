@@ -56,7 +56,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     """Two spellings of one path are one model."""
     if "://" in config.model:
         return config
-    path = os.path.realpath(os.path.expanduser(config.model))
+    # No look at the file system: this is called on event loops, at every request of an adapter.
+    path = os.path.abspath(os.path.expanduser(config.model))
     return config.model_copy(update={"model": path})
 
 

@@ -78,7 +78,7 @@ class ModelView:
         Text of the messages never becomes a control token, and replies of this model keep the ids that
         were sampled. Raises TemplateError and InvalidRequestError.
         """
-        guarded = [message.model_copy(update={"content": self.guard.protect(message.content)}) for message in messages]
+        guarded = [self._guarded(message) for message in messages]
         layout = self.template.lay_out(guarded, add_generation_prompt=True, today=date.today())
         known = [
             (span, message.content)
@@ -86,6 +86,10 @@ class ModelView:
             if span is not None and message.role == "assistant" and self.replies.knows(message.content)
         ]
         return self._spliced(layout.text, known)
+
+    def _guarded(self, message: Message) -> Message:
+        name = message.name and self.guard.protect(message.name)
+        return message.model_copy(update={"content": self.guard.protect(message.content), "name": name})
 
     def prompt_tokens(self, prompt: str) -> TokenIds:
         """The ids of a raw prompt: with BOS as the model wants it, control tokens in it are parsed."""
@@ -156,14 +160,15 @@ class ModelView:
     def _spliced(self, rendered: str, replies: Sequence[tuple[Span, str]]) -> TokenIds:
         parts: list[TokenIds] = []
         digest, cursor = PrefixDigest(), 0
-        for (start, _), text in replies:
+        for (start, stop), text in replies:
             before = self._segment_tokens(rendered[cursor:start])
             here = digest.copy()
             here.update(before)
             ids = self.replies.find(here.value(), text)
             if ids is None:  # this text, but not after this prompt: it is tokenized with what surrounds it
                 continue
-            count, length = covering(ids, text, self.vocabulary.pieces)
+            # As it stands in the prompt: the template may have trimmed it, the guard put marks into it.
+            count, length = covering(ids, rendered[start:stop], self.vocabulary.pieces)
             parts += [before, ids[:count]]
             here.update(ids[:count])
             digest, cursor = here, start + length

@@ -360,7 +360,7 @@ class LlamaWorker:
     def _view_until(self, deadline: float | None, timeout: float | None) -> ModelView:
         view = self._published.view(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         if view is None:
-            raise DeadlineExceeded(timeout or 0.0)
+            raise DeadlineExceeded(timeout)
         return view
 
     async def _prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
@@ -420,7 +420,7 @@ class LlamaWorker:
             raise self._why_closed()
         if ticket.request.cancel.cancelled:
             raise GenerationCancelled()
-        raise DeadlineExceeded(ticket.request.job.request.timeout or 0.0)
+        raise DeadlineExceeded(ticket.request.job.request.timeout)
 
     def _reload(
         self,
@@ -470,10 +470,8 @@ def _check_model(config: ModelConfig) -> None:
 
 
 def _messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
-    if isinstance(prompt, Mapping | Message):
-        raise InvalidRequestError(
-            "prompt", type(prompt).__name__, "a chat is a sequence of messages, put it into a list"
-        )
+    if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
+        raise InvalidRequestError("prompt", type(prompt).__name__, "give a str, or a list of messages")
     messages = []
     for item in prompt:
         if isinstance(item, Message):

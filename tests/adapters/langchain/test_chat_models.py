@@ -6,7 +6,9 @@ import pickle
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
+from langchain_core.exceptions import LangChainException
 from langchain_core.language_models import BaseChatModel
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
@@ -14,7 +16,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 
-from langchain_llama_worker import ChatLlamaWorker
+from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
 from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, UnsupportedFeatureError, WorkerConfig
 from llama_worker.testing import fake_worker
 
@@ -60,7 +62,7 @@ async def test_the_four_ways_to_ask_give_one_answer(worker: LlamaWorker, extra: 
     streamed = merged(list(model.stream(MESSAGES)))
     assert invoked.text
     assert facts(await model.ainvoke(MESSAGES)) == facts(invoked)
-    assert streamed.text == invoked.text
+    assert streamed.text == model.invoke(MESSAGES, stream=True).text == invoked.text
     assert facts(merged([chunk async for chunk in model.astream(MESSAGES)])) == facts(streamed)
     assert facts(streamed)["usage"] == facts(invoked)["usage"]
     assert streamed.response_metadata == invoked.response_metadata
@@ -146,8 +148,9 @@ def test_a_call_overrides_any_sampling_parameter(worker: LlamaWorker) -> None:
 
 
 def test_a_bad_value_of_a_call_is_named(worker: LlamaWorker) -> None:
-    with pytest.raises(InvalidRequestError, match="top_p=7"):
-        chat(worker).invoke(MESSAGES, top_p=7)
+    with pytest.raises(InvalidRequestError, match="temperature=-7") as caught:
+        chat(worker).invoke(MESSAGES, temperature=-7)
+    assert isinstance(caught.value, LangChainException)
 
 
 def test_bound_tools_are_refused_in_words(worker: LlamaWorker) -> None:
@@ -259,6 +262,36 @@ def test_one_object_serves_several_event_loops(worker: LlamaWorker) -> None:
     answers = [asyncio.run(ask()) for _ in range(3)]
     assert answers == [answers[0]] * 3
     assert answers[0] == model.invoke(MESSAGES).text * 2
+
+
+def test_no_async_method_borrows_a_thread(worker: LlamaWorker) -> None:
+    """A default executor would be shared with everybody else and could not be cancelled."""
+    model, llm, embedder = chat(worker), LlamaWorkerLLM(worker=worker, **PARAMS), LlamaWorkerEmbeddings(worker=worker)
+
+    async def ask_everything() -> None:
+        assert (await model.ainvoke(MESSAGES)).text
+        assert [chunk async for chunk in model.astream(MESSAGES)]
+        assert await llm.abatch(["one", "two"])
+        assert [piece async for piece in llm.astream("one")]
+        assert await embedder.aembed_documents(["one", "two"])
+
+    with asyncio.Runner(loop_factory=LoopWithoutExecutor) as runner:
+        runner.run(ask_everything())
+
+
+class LoopWithoutExecutor(asyncio.SelectorEventLoop):
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        raise AssertionError(f"{func} was to run in an executor")
+
+
+def test_a_cached_answer_is_not_generated_again(worker: LlamaWorker) -> None:
+    cache = InMemoryCache()
+    first = chat(worker, cache=cache).invoke(MESSAGES)
+    steps = worker.status().steps
+    assert chat(worker, cache=cache).invoke(MESSAGES).text == first.text
+    assert worker.status().steps == steps
+    chat(worker, cache=cache, seed=3).invoke(MESSAGES)
+    assert worker.status().steps > steps
 
 
 def test_it_is_a_link_of_a_chain(worker: LlamaWorker) -> None:

@@ -8,7 +8,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import GenerationChunk, LLMResult
 
 from langchain_llama_worker import LlamaWorkerLLM
-from llama_worker import ContextOverflowError, LlamaWorker
+from llama_worker import ContextOverflowError, LlamaWorker, WorkerConfig
 from llama_worker.testing import FakeEngine, fake_loader, fake_worker
 from tests.adapters.langchain.conftest import ENDLESS, Stage
 
@@ -97,6 +97,14 @@ def test_when_one_prompt_fails_the_others_are_cancelled(stage: Stage, asynchrono
     with pytest.raises(ContextOverflowError):
         asyncio.run(model.agenerate(prompts)) if asynchronous else model.generate(prompts)
     assert stage.is_free()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_more_prompts_than_the_queue_holds_wait_their_turn(asynchronous: bool) -> None:
+    with fake_worker(worker_config=WorkerConfig(queue_size=1), n_parallel=1) as worker:
+        model = llm(worker)
+        answers = asyncio.run(model.abatch(PROMPTS)) if asynchronous else model.batch(PROMPTS)
+        assert answers == [model.invoke(prompt) for prompt in PROMPTS]
 
 
 def test_no_prompts_is_no_work(worker: LlamaWorker) -> None:

@@ -12,7 +12,7 @@ from llama_worker import cancel_scope
 
 from .conftest import HELLO, Stage
 
-HANDLERS: list[Callable[[], list[Any]]] = [lambda: [], lambda: [LlamaDebugHandler(print_trace_on_end=False)]]
+HANDLERS: list[Callable[[], list[Any]]] = [list, lambda: [LlamaDebugHandler(print_trace_on_end=False)]]
 
 
 @pytest.fixture(params=HANDLERS, ids=["no handler", "LlamaDebugHandler"])
@@ -69,9 +69,7 @@ def test_a_stream_that_nobody_reads_submits_nothing(llm: LlamaWorkerLLM, kind: s
     assert stage.is_free()
 
 
-async def test_an_async_stream_that_nobody_reads_submits_nothing(
-    llm: LlamaWorkerLLM, kind: str, stage: Stage
-) -> None:
+async def test_an_async_stream_that_nobody_reads_submits_nothing(llm: LlamaWorkerLLM, kind: str, stage: Stage) -> None:
     stream = await aopened(llm, kind)
     await asyncio.sleep(0)
     assert stage.engine.n_rows == 0
@@ -105,9 +103,7 @@ async def test_an_exception_of_the_async_consumer_cancels(llm: LlamaWorkerLLM, k
     assert await stage.becomes_free()
 
 
-async def test_cancelling_a_task_that_waits_for_a_chunk_cancels(
-    llm: LlamaWorkerLLM, kind: str, stage: Stage
-) -> None:
+async def test_cancelling_a_task_that_waits_for_a_chunk_cancels(llm: LlamaWorkerLLM, kind: str, stage: Stage) -> None:
     stage.gate.shut()
     stream = await aopened(llm, kind)
     task = asyncio.ensure_future(anext(stream))
@@ -170,9 +166,7 @@ async def test_a_scope_reaches_an_async_stream_that_is_read_outside_of_it(
     assert await stage.becomes_free()
 
 
-def test_a_loop_that_closes_over_an_open_stream_frees_the_worker(
-    llm: LlamaWorkerLLM, kind: str, stage: Stage
-) -> None:
+def test_a_loop_that_closes_over_an_open_stream_frees_the_worker(llm: LlamaWorkerLLM, kind: str, stage: Stage) -> None:
     async def leave_open() -> Any:
         stream = await aopened(llm, kind)
         await anext(stream)

@@ -121,8 +121,10 @@ def check_layout(path: Path) -> None:
                 raise ModelLoadError(f"{path.name} is no GGUF file (it does not begin with 'GGUF'); convert it first")
             try:
                 _walk(data, size)
-            except (_Broken, struct.error) as broken:
+            except _Broken as broken:
                 raise _damaged(path, str(broken)) from None
+            except (struct.error, OverflowError):
+                raise _damaged(path, "a length in its header reaches beyond its end") from None
 
 
 class _Broken(Exception):

@@ -18,6 +18,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
@@ -111,9 +112,19 @@ class _ShortCalls:
         raise AttributeError(f"{name} is not bound as a short call")
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def library() -> Library:
-    """llama.cpp, ready to use. Loads it on the first call. Raises EngineVersionError."""
+    """llama.cpp, ready to use. Loads it on the first call. Raises EngineVersionError. Any thread."""
+    # Two workers may start at once. The cache alone would let both in, and the second would find the
+    # binding's submodule loaded while the package still goes on to install a logger of its own.
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Library:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a native abort forks a debugger first
     _check_version(_installed_version())
     try:

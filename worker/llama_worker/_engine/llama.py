@@ -44,6 +44,9 @@ from llama_worker._requests import SamplingParams
 _SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2}
 _LOAD_MODES: Final = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap_mlock": 3, "direct_io": 4}
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
+_KV_TYPES: Final = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_0": 6, "q5_1": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 20,
+}  # fmt: skip
 _INFINITY: Final = float("inf")
 
 
@@ -393,8 +396,8 @@ def _generation_params(api: Any, config: ModelConfig) -> Any:
     params.n_seq_max = params.n_outputs_max = config.n_parallel
     params.n_threads, params.n_threads_batch = threads(config)
     params.flash_attn_type = _FLASH_ATTN[config.flash_attn]
-    params.type_k = getattr(api, f"GGML_TYPE_{config.type_k.upper()}")
-    params.type_v = getattr(api, f"GGML_TYPE_{config.type_v.upper()}")
+    params.type_k = _KV_TYPES[config.type_k]
+    params.type_v = _KV_TYPES[config.type_v]
     params.swa_full = config.swa_full
     params.offload_kqv = config.offload_kqv
     params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale

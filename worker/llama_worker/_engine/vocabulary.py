@@ -122,7 +122,8 @@ def _piece(lib: Library, vocab: Pointer, token: int, buffer: ctypes.Array[ctypes
 
 def _control_texts(lib: Library, vocab: Pointer, n_tokens: int) -> list[str]:
     api, short = lib.api, lib.short
-    special: Any = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+    # Not the user-defined ones: llama.cpp parses them always (some are single letters), and templates look for them.
+    special: Any = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
     ids = (token for token in range(n_tokens) if short.llama_vocab_get_attr(vocab, token) & special)
     texts = {(short.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace") for token in ids}
     return sorted(texts - {""}, key=lambda text: (-len(text), text))

@@ -1,0 +1,93 @@
+"""On the real engine, with the two demo models."""
+
+import asyncio
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+from llama_index.core import VectorStoreIndex
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.schema import TextNode
+from llama_index.embeddings.llama_worker import LlamaWorkerEmbedding
+from llama_index.llms.llama_worker import LlamaWorkerLLM
+
+from llama_worker import close_all
+
+pytestmark = pytest.mark.engine
+
+QUESTION = [ChatMessage("What is the capital of France? Answer in one word.", role="user")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers() -> Iterator[None]:
+    yield
+    close_all()
+
+
+@pytest.fixture
+def llm() -> LlamaWorkerLLM:
+    return LlamaWorkerLLM(model="demo://smollm2-135m-instruct", n_ctx=2048, n_threads=2, temperature=0, max_tokens=24)
+
+
+@pytest.fixture
+def embedding() -> LlamaWorkerEmbedding:
+    return LlamaWorkerEmbedding(model="demo://all-minilm-l6-v2", n_threads=2)
+
+
+def test_chat_answers(llm: LlamaWorkerLLM) -> None:
+    response = llm.chat(QUESTION)
+    assert "Paris" in str(response.message.content)
+    assert response.raw["finish_reason"] == "stop"
+    assert response.raw["usage"]["completion_tokens"] < 24
+
+
+async def test_streams_answer(llm: LlamaWorkerLLM) -> None:
+    chunks = list(llm.stream_chat(QUESTION))
+    achunks = [chunk async for chunk in await llm.astream_chat(QUESTION)]
+    for stream in (chunks, achunks):
+        assert "".join(str(chunk.delta) for chunk in stream) == stream[-1].message.content
+        assert "Paris" in str(stream[-1].message.content)
+
+
+async def test_concurrent_calls_are_served_together(llm: LlamaWorkerLLM) -> None:
+    replies = await asyncio.gather(*(llm.achat(QUESTION) for _ in range(8)))
+    assert all("Paris" in str(reply.message.content) for reply in replies)
+
+
+def test_metadata_before_and_after_loading_agree() -> None:
+    llm = LlamaWorkerLLM(model="demo://smollm2-135m-instruct", n_ctx=0, n_kv_cells=1000, n_threads=2)
+    before = llm.metadata
+    llm.complete("x", max_tokens=1)
+    assert before.model_name == llm.metadata.model_name
+    assert before.context_window <= llm.metadata.context_window < before.context_window + 256
+
+
+def test_the_tokenizer_is_the_models_own(llm: LlamaWorkerLLM) -> None:
+    ids = llm.tokenizer()("The capital of France")
+    assert llm._connect().detokenize(ids) == "The capital of France"
+    assert len(ids) < len("The capital of France") / 2
+
+
+def test_what_is_restored_attaches_to_the_same_worker(llm: LlamaWorkerLLM, embedding: LlamaWorkerEmbedding) -> None:
+    """No second load: not from a dictionary, a pickle, a copy or an equal constructor."""
+    for made in (llm, embedding):
+        twins = [type(made).from_dict(made.to_dict()), pickle.loads(pickle.dumps(made)), copy.deepcopy(made)]
+        assert all(twin._connect() is made._connect() for twin in twins)
+        given = type(made)(worker=made._connect())
+        assert pickle.loads(pickle.dumps(given))._connect() is made._connect()
+
+
+def test_embeddings_know_what_is_similar(embedding: LlamaWorkerEmbedding) -> None:
+    cat, kitten, tax = embedding.get_text_embedding_batch(["A cat.", "A kitten.", "The tax return."])
+    assert len(cat) == 384
+    assert embedding.similarity(cat, kitten) > embedding.similarity(cat, tax) + 0.2
+
+
+async def test_retrieval_from_documents_to_an_answer(llm: LlamaWorkerLLM, embedding: LlamaWorkerEmbedding) -> None:
+    texts = ["The sheep of Skarrow eat seaweed.", "The ferry leaves at nine.", "The lighthouse is painted red."]
+    index = VectorStoreIndex([TextNode(text=text) for text in texts], embed_model=embedding)
+    engine = index.as_query_engine(llm=llm, similarity_top_k=1)
+    for response in (engine.query("What do the sheep eat?"), await engine.aquery("What do the sheep eat?")):
+        assert response.source_nodes[0].get_content() == texts[0]
+        assert "seaweed" in str(response)

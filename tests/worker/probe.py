@@ -1,0 +1,79 @@
+"""Probe: an engine that writes down what it computes, and can be given a fault of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from llama_worker import ModelConfig, SamplingParams
+from llama_worker._engine.base import DecodeStatus, Engine, Floats, LoadedModel, Loader, Sampler, Span, TokenIds
+
+Mistake: TypeAlias = Literal["other row", "shifted span", "shifted after abort"]
+
+
+class Probe:
+    """Wraps an Engine; `logits_of` keeps, for each sampler, the logits that each token was sampled from.
+
+    `mistake` makes it err by one: it samples from a neighbour's row, or decodes the second span of a
+    prompt (or the first after an abort) one token late.
+    """
+
+    def __init__(self, inner: Engine, mistake: Mistake | None = None) -> None:
+        self.inner = inner
+        self.mistake = mistake
+        self.logits_of: dict[int, list[Floats]] = {}
+        self.chosen: dict[int, list[int]] = {}
+        self.samplers: list[Sampler] = []
+        self.abort_next = False
+        self.n_aborted = 0
+        self.most_outputs = 0
+        self._outputs: list[int] = []
+        self._erred = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def decode(self, spans: Sequence[Span]) -> DecodeStatus:
+        self.most_outputs = max(self.most_outputs, sum(span.output for span in spans))
+        if self.abort_next:
+            self.abort_next = False
+            self.inner.abort_flag.raise_()
+            self.n_aborted += 1
+            return self.inner.decode(spans)
+        rows = np.cumsum([len(span.tokens) for span in spans]) - 1
+        self._outputs = [int(row) for row, span in zip(rows, spans, strict=True) if span.output]
+        return self.inner.decode([self._shifted(span) for span in spans])
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        if self.mistake == "other row":
+            row = self._outputs[self._outputs.index(row) - 1]
+        self.logits_of.setdefault(id(sampler), []).append(self.inner.logits(row).copy())
+        token = self.inner.sample(row, sampler)
+        self.chosen.setdefault(id(sampler), []).append(token)
+        return token
+
+    def new_sampler(self, params: SamplingParams, history: TokenIds) -> Sampler:
+        sampler = self.inner.new_sampler(params, history)
+        self.samplers.append(sampler)
+        return sampler
+
+    def _shifted(self, span: Span) -> Span:
+        due = self.mistake == "shifted span" or (self.mistake == "shifted after abort" and self.n_aborted)
+        if due and not self._erred and span.start > 0 and len(span.tokens) > 1:
+            self._erred = True
+            return span._replace(tokens=np.concatenate([span.tokens[1:], span.tokens[-1:]]))
+        return span
+
+
+def probed(loader: Loader, probes: list[Probe], mistake: Mistake | None = None) -> Loader:
+    """`loader` with a Probe around each engine, which is put into `probes`."""
+
+    def load(config: ModelConfig) -> LoadedModel:
+        loaded = loader(config)
+        probes.append(Probe(loaded.engine, mistake))
+        return replace(loaded, engine=probes[-1])  # type: ignore[arg-type]
+
+    return load

@@ -1,0 +1,168 @@
+"""The exact tier on the real engine: ids and logits are bit-equal however a prompt came into the cache.
+
+llama.cpp's CPU kernels change with the shape of a batch, so this holds for one configuration only:
+q8_0 K and V, flash attention, quantised weights, more than 1,000 cells in use, cells in the order of
+positions. Every claim is shown able to fail: the same test with an error of one token finds it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_worker._engine.llama import load
+from llama_worker._prefix_cache import PrefixCache, Slot
+from llama_worker._tokens import TokenIds
+from tests.worker.bench import Bench, ListSink
+from tests.worker.probe import Mistake, Probe, probed
+
+pytestmark = pytest.mark.engine
+
+EXACT = {"type_k": "q8_0", "type_v": "q8_0", "flash_attn": "on", "n_threads": 2}
+N = 12
+WORDS = "alpha beta gamma delta river stone cloud winter summer engine model agent tool search index"
+
+
+@pytest.fixture(scope="module", params=["synthesised", "smollm2"])
+def model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("tiny_llama_q8" if request.param == "synthesised" else "smollm2_path")
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> str:
+    """Somewhat more than 1,000 tokens of either model."""
+    rng = np.random.default_rng(3)
+    return " ".join(rng.choice(WORDS.split()) for _ in range(1050 if "Smol" in model.name else 420))
+
+
+class Run:
+    """One engine, driven step by step. Usage: with `Run(model) as run: run.ask(...)`."""
+
+    def __init__(
+        self, model: Path, mistake: Mistake | None = None, *, off_by_one: bool = False, **config: object
+    ) -> None:
+        self.probes: list[Probe] = []
+        settings = {"model": str(model), "n_ctx": 4096, "n_kv_cells": 8192, "n_parallel": 4, **EXACT, **config}
+        # No latency budget: prompts are prefilled beside decoding rows as fast as a batch takes them.
+        self.bench = Bench(loader=probed(load, self.probes, mistake), step_budget_ms=1e6, **settings).load()
+        self.bench.check = self.bench.scheduler.cache.check  # type: ignore[method-assign]
+        if off_by_one:
+            make_off_by_one(self.bench.scheduler.cache)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bench.shut_down()
+
+    @property
+    def probe(self) -> Probe:
+        return self.probes[0]
+
+    def begin(self, prompt: str, n: int = N) -> ListSink:
+        return self.bench.ask(prompt, max_tokens=n, temperature=0.0, ignore_eos=True)[0]
+
+    def answers(self, *prompts: str) -> list[tuple[list[int], np.ndarray]]:
+        """Ids and logits of each prompt's answer, all asked at once."""
+        first = len(self.probe.samplers)
+        sinks = [self.begin(prompt) for prompt in prompts]
+        self.bench.settle(*sinks)
+        # Samplers are made at admission; a shared prefix may change that order, the prompts' ends tell.
+        keys = [id(sampler) for sampler in self.probe.samplers[first:]]
+        return [(self.probe.chosen[key], np.stack(self.probe.logits_of[key])) for key in keys]
+
+
+def make_off_by_one(cache: PrefixCache) -> None:
+    """A cache that takes one token more for common than is."""
+    usable = cache._usable
+
+    def wrong(slot: Slot, prompt: TokenIds) -> int:
+        length = usable(slot, prompt)
+        return min(length + 1, slot.n, len(prompt) - 1) if length else 0
+
+    cache._usable = wrong  # type: ignore[method-assign]
+
+
+def cold(model: Path, prompt: str, **config: object) -> tuple[list[int], np.ndarray]:
+    with Run(model, **config) as run:
+        return run.answers(prompt)[0]
+
+
+def same(a: tuple[list[int], np.ndarray], b: tuple[list[int], np.ndarray]) -> bool:
+    return a[0] == b[0] and np.array_equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_warm_equals_cold(model: Path, text: str, wrong: bool):
+    """A prompt that begins like the last one, then differs, answers as in a fresh engine."""
+    prompt = text + " tell me about the other thing now"
+    with Run(model, off_by_one=wrong) as run:
+        run.bench.settle(run.begin(text + " and what of this one thing?"))
+        warm = run.answers(prompt)[0]
+    assert same(warm, cold(model, prompt)) is not wrong
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_shared_equals_own(model: Path, text: str, wrong: bool):
+    """A prefix taken from a running sequence by seq_cp answers as one computed for itself."""
+    prompt = text + " tell me about the other thing now"
+    with Run(model, off_by_one=wrong) as run:
+        busy = run.begin(text + " and what of this one thing?", n=60)
+        while not run.bench.scheduler.running or not run.bench.scheduler.running[0].is_decoding:
+            run.bench.step()
+        n_busy = run.bench.scheduler.running[0].n_resident
+        shared = run.answers(prompt)[0]
+        assert not busy.is_answered
+        assert run.bench.scheduler.cache.cells.free > 8192 - n_busy - 200
+    assert same(shared, cold(model, prompt)) is not wrong
+
+
+@pytest.mark.parametrize("mistake", [None, "other row"])
+def test_batched_equals_alone(model: Path, text: str, mistake: Mistake | None):
+    prompts = [f"{name} {text} {name}?" for name in ("one", "two", "three")]
+    with Run(model, mistake) as run:
+        together = run.answers(*prompts)
+        assert run.probe.most_outputs == 3
+    alone = [cold(model, prompt) for prompt in prompts]
+    matched = [any(same(answer, reference) for answer in together) for reference in alone]
+    assert all(matched) is (mistake is None)
+
+
+@pytest.mark.parametrize("mistake", [None, "shifted span"])
+def test_chunked_equals_whole(model: Path, text: str, mistake: Mistake | None):
+    with Run(model, mistake, n_ubatch=96) as run:
+        chunked = run.answers(text)[0]
+    assert same(chunked, cold(model, text, n_ubatch=2048)) is (mistake is None)
+
+
+@pytest.mark.parametrize("mistake", [None, "shifted after abort"])
+def test_cancelled_then_continued_equals_uninterrupted(model: Path, text: str, mistake: Mistake | None):
+    """A decode is aborted inside the prompt and its request cancelled; the same prompt again goes on from there."""
+    with Run(model, mistake, n_ubatch=128) as run:
+        sink, cancel = run.bench.ask(text, max_tokens=N, temperature=0.0)
+        run.bench.step(4)
+        run.probe.abort_next = True
+        run.bench.step()
+        cancel.cancel()
+        run.bench.settle(sink)
+        assert run.probe.n_aborted == 1
+        assert sink.terminal.usage.completion_tokens == 0
+        continued = run.answers(text)[0]
+        assert next(iter(run.bench.scheduler.cache.slots)).n > 128
+    assert same(continued, cold(model, text)) is (mistake is None)
+
+
+@pytest.mark.parametrize("when", ["prompt", "decode"])
+def test_an_abort_that_nobody_asked_for_changes_nothing(model: Path, text: str, when: str):
+    """The flag may be raised late, for a request that is gone: those in the batch answer as if it had not been."""
+    with Run(model, n_ubatch=128) as run:
+        sink = run.begin(text)
+        run.bench.step(3 if when == "prompt" else 14)
+        run.probe.abort_next = True
+        run.bench.settle(sink)
+        key = id(run.probe.samplers[0])
+        interrupted = run.probe.chosen[key], np.stack(run.probe.logits_of[key])
+        assert run.bench.service.n_aborts == 1
+    assert same(interrupted, cold(model, text))
