@@ -12,7 +12,7 @@ from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings
 from llama_worker import ModelConfig, get_worker
 
 HANDBOOK = Path(__file__).parent / "data" / "skarrow.md"
-QUESTION = "What do the weavers use to dye their wool?"
+QUESTION = "At what time does the ferry leave the mainland?"
 
 
 def main(max_tokens: int = 64) -> None:
@@ -31,7 +31,7 @@ def main(max_tokens: int = 64) -> None:
     llm = LlamaWorkerLLM(worker=chat_worker, temperature=0.0, max_tokens=max_tokens)
     response = index.as_query_engine(llm=llm, similarity_top_k=1).query(QUESTION)
     print(response)
-    print(f"  source: {response.source_nodes[0].text!r}")
+    print(f"  source: {response.source_nodes[0].text.strip()!r}")
 
     same = LlamaWorkerEmbeddings(worker=embed_worker).embed_query(QUESTION) == embedding.get_text_embedding(QUESTION)
     print(f"\nTwo workers served both frameworks; the same question has the same vector in both: {same}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests import synth
 
 from llama_worker._models import resolve
+from tests import synth
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ QUESTIONS = json.loads((EXAMPLES / "data" / "questions.json").read_text(encoding
 
 # What the output must hold, by example; the arguments keep the generations short.
 RUNS = {
-    "demo.py": (["8"], ["LangChain, streamed:", "source: 'weaving", "the same vector in both: True"]),
+    "demo.py": (["8"], ["LangChain, streamed:", "source: 'ferry", "the same vector in both: True"]),
     "langchain_chat.py": (["8"], ["'output_tokens': 8"]),
     "llamaindex_rag.py": (
         ["What do the sheep eat?"],

@@ -250,6 +250,29 @@ class TestDamagedFiles:
         with pytest.raises(ModelNotFoundError, match="no file null"):
             inspect_model("/dev/null")
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("gemma2.block_count", struct.pack("<I", 0)),
+            ("gemma2.block_count", struct.pack("<I", 2**31)),
+            ("gemma2.attention.layer_norm_rms_epsilon", struct.pack("<f", -1.0)),
+            ("gemma2.attention.layer_norm_rms_epsilon", struct.pack("<f", float("nan"))),
+            ("gemma2.rope.dimension_count", struct.pack("<I", 0)),
+            ("gemma2.rope.dimension_count", struct.pack("<I", 7)),
+            ("gemma2.rope.dimension_count", struct.pack("<I", 1000)),
+        ],
+    )
+    def test_values_that_would_end_the_process_are_refused(
+        self, key: str, value: bytes, tiny_swa: Path, tmp_path: Path
+    ) -> None:
+        """llama.cpp asserts each of these, or never returns."""
+        data = bytearray(tiny_swa.read_bytes())
+        at = data.index(key.encode()) + len(key) + 4
+        data[at : at + 4] = value
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(ModelLoadError, match=r"bad\.gguf is damaged: it"):
+            inspect_model(str(tmp_path / "bad.gguf"))
+
     @pytest.mark.parametrize("model", ["tiny_llama", "tiny_lfm2", "tiny_bert"])
     def test_mutated_headers_never_end_the_process(
         self, model: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -291,6 +314,7 @@ def _split(folder: Path) -> list[Path]:
     paths = [folder / f"model-{part:05d}-of-00003.gguf" for part in (1, 2, 3)]
     for index, path in enumerate(paths):
         writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(1)
         writer.add_uint16("split.no", index)
         writer.add_uint16("split.count", 3)
         writer.add_tensor(f"tensor.{index}", np.zeros(32, np.float32))

@@ -129,6 +129,13 @@ def test_a_closed_sampler_is_refused(engine: LlamaEngine):
         engine.sample(7, sampler)
 
 
+def test_another_engines_sampler_is_refused(engine: LlamaEngine, tiny_llama: Path):
+    other = opened(tiny_llama)
+    with pytest.raises(ValueError, match="sampler"):
+        engine.sample(7, other.new_sampler(SamplingParams(), ids()))
+    other.close()
+
+
 def test_nothing_is_sampled_from_a_failed_decode(engine: LlamaEngine):
     """The KV cache is full: the logits of the decode before are gone with it."""
     statuses = [engine.decode([Span(1, at, numbers(500), True)]) for at in (0, 500)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ from llama_worker._engine.header import Header, read_header
 from llama_worker._errors import ModelLoadError, ModelNotFoundError
 
 _MIB: Final = 2**20
-_MAX_LAYERS: Final = 4096  # llama.cpp allows 512
+_MAX_LAYERS: Final = 512  # llama.cpp's own limit, which it asserts
 _POOLING: Final = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # They have no output head at all; some of their files do not say how they pool.
 _ENCODERS: Final = frozenset(
@@ -122,9 +122,10 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
     if not architecture:
         raise ModelLoadError(f"{path.name} does not name its architecture (general.architecture); it is no model file")
     key = f"{architecture}.".__add__
-    n_layer, n_head = header.integer(key("block_count")), header.integer(key("attention.head_count"))
-    if n_layer > _MAX_LAYERS:
-        raise ModelLoadError(f"{path.name} is damaged: it claims {n_layer} layers. Fetch the file again")
+    fault = _fault(header, key)
+    if fault:
+        raise ModelLoadError(f"{path.name} is damaged: {fault}. Fetch the file again")
+    n_head = header.integer(key("attention.head_count"))
     has_state = any(name.startswith(key(state)) for name in header.values for state in _STATE_KEYS)
     pooling = header.values.get(key("pooling_type"))
     return ModelInfo(
@@ -136,7 +137,7 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
         n_vocab=header.lengths.get("tokenizer.ggml.tokens", header.integer(key("vocab_size"))),
         n_ctx_train=header.integer(key("context_length")),
         n_embd=header.integer(key("embedding_length")),
-        n_layer=n_layer,
+        n_layer=header.integer(key("block_count")),
         n_head=n_head,
         n_head_kv=header.integer(key("attention.head_count_kv"), n_head),
         chat_template=header.text("tokenizer.chat_template"),
@@ -147,6 +148,22 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
         is_embedding=architecture in _ENCODERS or bool(pooling),
         digest=_digest(shards, headers),
     )
+
+
+def _fault(header: Header, key: Callable[[str], str]) -> str | None:
+    """A value at which llama.cpp would end the process instead of refusing the file."""
+    n_layer = header.integer(key("block_count"))
+    if not 0 < n_layer <= _MAX_LAYERS:
+        return f"it claims {n_layer} layers"
+    for name in ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"):
+        epsilon = header.values.get(key(name), 0.0)
+        if not (isinstance(epsilon, float) and 0.0 <= epsilon < 1.0):
+            return f"its {name} is {epsilon!r}"
+    n_head, n_rotated = header.integer(key("attention.head_count")), header.integer(key("rope.dimension_count"), 2)
+    width = header.integer(key("attention.key_length"), header.integer(key("embedding_length")) // max(n_head, 1))
+    if n_head and (n_rotated % 2 or not 0 < n_rotated <= max(width, 2)):
+        return f"it rotates {n_rotated} of {width} dimensions"
+    return None
 
 
 def _digest(shards: Sequence[Path], headers: Sequence[Header]) -> str:

@@ -13,6 +13,7 @@ from llama_worker._engine.base import DecodeStatus, Floats, ModelInfo, TokenIds
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.library import Library, Pointer
+from llama_worker._engine.log import hold_log, release_log
 from llama_worker._errors import GenerationError
 
 _TEXTS: Final = 64
@@ -37,7 +38,9 @@ class Embedder:
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """One row for each of `texts`, which have been checked. Blocks. Raises GenerationError."""
         self._batch.fill_texts(texts)
+        hold_log()
         status = self._run()
+        release_log(expected=status >= 0)
         if status != DecodeStatus.OK:
             raise GenerationError(f"embedding {len(texts)} texts ended with {_status_name(status)}")
         vectors = np.stack([self._vector(seq) for seq in range(len(texts))])

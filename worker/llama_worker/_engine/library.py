@@ -12,6 +12,7 @@ Everything that computes, loads, copies state or waits goes through the binding'
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -175,8 +176,8 @@ def _check_fields(struct: Any, expected: tuple[str, ...]) -> None:
 def _silence(api: Any) -> None:
     # A line logged while the interpreter goes down would call into it. libc's abs takes the same
     # first argument, does nothing, and needs no Python.
-    libc = ctypes.CDLL(None)
-    api.llama_log_set(ctypes.cast(libc.abs, api.llama_log_callback), ctypes.c_void_p(0))
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        api.llama_log_set(ctypes.cast(ctypes.CDLL(None).abs, api.llama_log_callback), ctypes.c_void_p(0))
 
 
 @functools.cache

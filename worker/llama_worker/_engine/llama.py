@@ -34,7 +34,7 @@ from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
 from llama_worker._engine.library import Library, Pointer, library
 from llama_worker._engine.log import collected_log, error_lines, hold_log, release_log
-from llama_worker._engine.sampler import LlamaSampler, SamplingVocab, new_sampler
+from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, SamplingVocab
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import ConfigError, GenerationError, ModelLoadError, UnsupportedFeatureError
 from llama_worker._memory import check_fits
@@ -74,12 +74,11 @@ class LlamaEngine:
         self._config, self._info = config, info
         self._lib = library()
         self.abort_flag = AbortSwitch()
-        self._samplers: weakref.WeakSet[LlamaSampler] = weakref.WeakSet()
         with ExitStack() as stack:
             self._model = _load_model(self._lib, stack, config, path)
+            _require_supported(self._lib.api, self._model, info)
             self._n_vocab = _n_vocab(self._lib.api, self._model)
             self._generator = self._new_generator(stack)
-            stack.callback(_close_all, self._samplers)
             self._stack = stack.pop_all()
         self._embedder: Embedder | None = None
         # An engine that is dropped gives its memory back; at exit another thread may still be in it.
@@ -94,8 +93,8 @@ class LlamaEngine:
     def sample(self, row: int, sampler: Sampler) -> int:
         """See `base.Engine`. Raises GenerationError when no token can be chosen."""
         generator = self._require_generator()
-        if not isinstance(sampler, LlamaSampler) or sampler.closed:
-            raise ValueError(f"sampler={sampler!r}: not an open sampler of this engine")
+        if not isinstance(sampler, LlamaSampler) or sampler.closed or sampler.owner is not generator.samplers:
+            raise ValueError("sampler: closed, or not one of this engine's")
         return generator.sample(row, sampler)
 
     def logits(self, row: int) -> Floats:
@@ -104,9 +103,7 @@ class LlamaEngine:
 
     def new_sampler(self, params: SamplingParams, history: TokenIds) -> LlamaSampler:
         """See `base.Engine`."""
-        sampler = new_sampler(self._lib, self._require_generator().vocab, params, history)
-        self._samplers.add(sampler)
-        return sampler
+        return self._require_generator().samplers.new(params, history)
 
     def seq_end(self, seq: int) -> int:
         """See `base.Engine`."""
@@ -155,8 +152,7 @@ class LlamaEngine:
         return self._generator
 
     def _new_generator(self, stack: ExitStack) -> _Generator | None:
-        api = self._lib.api
-        if self._info.is_embedding or not _is_causal_decoder(api, self._model):
+        if self._info.is_embedding or not self._lib.api.llama_model_has_decoder(self._model):
             return None
         return _Generator(self._lib, stack, self._model, self._config, self._info, self.abort_flag)
 
@@ -210,16 +206,19 @@ class _Generator:
         self.n_ubatch: int = api.llama_n_ubatch(self._context)
         self.n_seq: int = api.llama_n_seq_max(self._context)
         self._n_outputs: int = params.n_outputs_max
-        self.vocab = _sampling_vocab(lib, model, self.n_ctx)
-        self._n_vocab = self.vocab.n_tokens
+        vocab = _sampling_vocab(lib, model, self.n_ctx)
+        self._n_vocab = vocab.n_tokens
         self._batch = Batch(lib, self.n_batch, self.n_seq)
         stack.callback(self._batch.free)
+        self.samplers = SamplerFactory(lib, vocab)
+        stack.callback(self.samplers.close)
         self._window = 0 if config.swa_full else int(api.llama_model_n_swa(model))
         self._ends = [0] * self.n_seq
         self._output_rows: frozenset[int] = frozenset()
         self._views: dict[int, Floats] = {}
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
-        self.can_trim = not stateful and self._probe_trim()
+        self.can_trim = False  # until the memory has shown that it can
+        self.can_trim = self._probe_trim() and not stateful
         self.can_share = not stateful and not self._window
         lib.short.llama_memory_clear(self._memory, True)
 
@@ -405,12 +404,12 @@ def _generation_params(api: Any, config: ModelConfig) -> Any:
     return params
 
 
-def _is_causal_decoder(api: Any, model: Pointer) -> bool:
-    return bool(
-        api.llama_model_has_decoder(model)
-        and not api.llama_model_has_encoder(model)
-        and not api.llama_model_is_diffusion(model)
-    )
+def _require_supported(api: Any, model: Pointer, info: ModelInfo) -> None:
+    """Kinds of models that decode in another way; called like the others, they abort."""
+    if api.llama_model_has_encoder(model) and api.llama_model_has_decoder(model):
+        raise ModelLoadError(f"{info.name} ({info.architecture}) is an encoder-decoder model; open a decoder-only one")
+    if api.llama_model_is_diffusion(model):
+        raise ModelLoadError(f"{info.name} ({info.architecture}) is a diffusion model; open a causal one")
 
 
 def _n_vocab(api: Any, model: Pointer) -> int:
@@ -449,8 +448,3 @@ def _check_texts(texts: Sequence[TokenIds], limits: EngineLimits) -> None:
     for text in texts:
         if text.min() < 0 or text.max() >= limits.n_vocab:
             raise ValueError(f"token ids {text.min()} … {text.max()}: the model has 0 … {limits.n_vocab - 1}")
-
-
-def _close_all(samplers: weakref.WeakSet[LlamaSampler]) -> None:
-    for sampler in list(samplers):
-        sampler.close()

@@ -19,12 +19,13 @@ from llama_worker._engine.library import Library, Pointer
 from llama_worker._errors import InvalidRequestError
 from llama_worker._requests import SamplingParams
 
-_NO_TOKEN_FOR: Final = float("-inf")
+_NEVER: Final = float("-inf")
 # Beyond these, float32 arithmetic in the chain overflows to infinities that no longer compare.
 _LARGEST_BIAS: Final = 1e4
 _COLDEST: Final = 1e-3
 _SMALLEST_PENALTY: Final = 1e-2
 _MIROSTAT_CANDIDATES: Final = 100
+_DRY_PROTOTYPES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +46,12 @@ class LlamaSampler:
     with the last reference.
     """
 
-    __slots__ = ("__weakref__", "_free", "banned", "pointer")
+    __slots__ = ("__weakref__", "_free", "banned", "owner", "pointer")
 
-    def __init__(self, lib: Library, pointer: Pointer, banned: frozenset[int]) -> None:
-        self.pointer = pointer
+    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int]) -> None:
+        pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
+        self.owner = owner
+        self.pointer: Pointer = pointer
         self.banned = banned
         self._free = weakref.finalize(self, lib.api.llama_sampler_free, pointer)
         self._free.atexit = False
@@ -62,26 +65,74 @@ class LlamaSampler:
         self._free()
 
 
-def new_sampler(lib: Library, vocab: SamplingVocab, params: SamplingParams, history: TokenIds) -> LlamaSampler:
-    """A chain for `params` that has seen `history`. Raises InvalidRequestError."""
-    biases = _biases(vocab, params)
-    banned = frozenset(token for token, bias in biases.items() if bias == _NO_TOKEN_FOR)
-    if len(banned) >= vocab.n_tokens:
-        raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
-    pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
-    sampler = LlamaSampler(lib, pointer, banned)
-    for link in _links(lib.api, vocab, params, biases):
-        lib.api.llama_sampler_chain_add(pointer, link)
-    for token in history[-_reach(vocab, params) :].tolist() if _reach(vocab, params) else ():
-        lib.short.llama_sampler_accept(pointer, token)
-    return sampler
+class SamplerFactory:
+    """Makes the chains of one loaded model and frees what is left of them. The engine's thread."""
+
+    def __init__(self, lib: Library, vocab: SamplingVocab) -> None:
+        self._lib = lib
+        self._vocab = vocab
+        self._open: weakref.WeakSet[LlamaSampler] = weakref.WeakSet()
+        self._dry = _DryPrototypes(lib.api, vocab.pointer)
+
+    def new(self, params: SamplingParams, history: TokenIds) -> LlamaSampler:
+        """A chain for `params` that has seen `history`. Raises InvalidRequestError."""
+        api, vocab = self._lib.api, self._vocab
+        biases = _biases(vocab, params)
+        banned = frozenset(token for token, bias in biases.items() if bias == _NEVER)
+        if len(banned) >= vocab.n_tokens:
+            raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
+        sampler = LlamaSampler(self, self._lib, banned)
+        self._open.add(sampler)
+        for link in _links(api, vocab, self._dry, params, biases):
+            api.llama_sampler_chain_add(sampler.pointer, link)
+        self._accept(sampler, history, _reach(vocab, params))
+        return sampler
+
+    def _accept(self, sampler: LlamaSampler, history: TokenIds, reach: int) -> None:
+        accept = self._lib.short.llama_sampler_accept
+        for token in history[-reach:].tolist() if reach else ():
+            accept(sampler.pointer, token)
+
+    def close(self) -> None:
+        """Free every chain that is still open."""
+        for sampler in list(self._open):
+            sampler.close()
+        self._dry.close()
 
 
-def _links(api: Any, vocab: SamplingVocab, params: SamplingParams, biases: dict[int, float]) -> Iterator[Pointer]:
+class _DryPrototypes:
+    """DRY looks through the whole vocabulary for each sequence breaker, which takes milliseconds: once, then clones."""
+
+    def __init__(self, api: Any, vocab: Pointer) -> None:
+        self._api = api
+        self._vocab = vocab
+        self._made: dict[tuple[object, ...], Pointer] = {}
+
+    def clone(self, params: SamplingParams, last_n: int) -> Pointer:
+        shape = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, last_n)
+        key = (*shape, params.dry_sequence_breakers)
+        if key not in self._made:
+            if len(self._made) >= _DRY_PROTOTYPES:
+                self._api.llama_sampler_free(self._made.pop(next(iter(self._made))))
+            self._made[key] = self._new(shape, params.dry_sequence_breakers)
+        return self._api.llama_sampler_clone(self._made[key])
+
+    def _new(self, shape: tuple[float, float, int, int], breakers: tuple[str, ...]) -> Pointer:
+        texts = [text.encode() for text in breakers]
+        return self._api.llama_sampler_init_dry(self._vocab, *shape, (ctypes.c_char_p * len(texts))(*texts), len(texts))
+
+    def close(self) -> None:
+        while self._made:
+            self._api.llama_sampler_free(self._made.popitem()[1])
+
+
+def _links(
+    api: Any, vocab: SamplingVocab, dry: _DryPrototypes, params: SamplingParams, biases: dict[int, float]
+) -> Iterator[Pointer]:
     if biases:
         pairs = (api.llama_logit_bias * len(biases))(*biases.items())
         yield api.llama_sampler_init_logit_bias(vocab.n_tokens, len(biases), pairs)
-    yield from _repetition(api, vocab, params)
+    yield from _repetition(api, vocab, dry, params)
     seed = secrets.randbelow(2**32 - 1) if params.seed is None else params.seed
     if params.temperature < _COLDEST:
         yield api.llama_sampler_init_greedy()
@@ -94,22 +145,13 @@ def _links(api: Any, vocab: SamplingVocab, params: SamplingParams, biases: dict[
         yield api.llama_sampler_init_dist(seed)
 
 
-def _repetition(api: Any, vocab: SamplingVocab, params: SamplingParams) -> Iterator[Pointer]:
+def _repetition(api: Any, vocab: SamplingVocab, dry: _DryPrototypes, params: SamplingParams) -> Iterator[Pointer]:
     if last_n := _penalty_reach(vocab, params):
         repeat = max(_SMALLEST_PENALTY, params.repeat_penalty)
         penalties = (repeat, params.frequency_penalty, params.presence_penalty)
         yield api.llama_sampler_init_penalties(vocab.n_tokens, last_n, *penalties)
     if last_n := _dry_reach(vocab, params):
-        breakers = [text.encode() for text in params.dry_sequence_breakers]
-        yield api.llama_sampler_init_dry(
-            vocab.pointer,
-            params.dry_multiplier,
-            params.dry_base,
-            params.dry_allowed_length,
-            last_n,
-            (ctypes.c_char_p * len(breakers))(*breakers),
-            len(breakers),
-        )
+        yield dry.clone(params, last_n)
 
 
 def _truncation(api: Any, params: SamplingParams, seed: int) -> Iterator[Pointer]:
@@ -152,9 +194,9 @@ def _biases(vocab: SamplingVocab, params: SamplingParams) -> dict[int, float]:
         if bias > _LARGEST_BIAS:
             raise InvalidRequestError("logit_bias", bias, f"larger than {_LARGEST_BIAS:g}; 100 decides already")
         if bias < -_LARGEST_BIAS:
-            biases[token] = _NO_TOKEN_FOR
+            biases[token] = _NEVER
     banned = vocab.suppressed | vocab.end_tokens if params.ignore_eos else vocab.suppressed
-    return biases | dict.fromkeys(banned, _NO_TOKEN_FOR)
+    return biases | dict.fromkeys(banned, _NEVER)
 
 
 def _reach(vocab: SamplingVocab, params: SamplingParams) -> int:

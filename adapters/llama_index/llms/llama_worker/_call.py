@@ -96,7 +96,7 @@ def owned(chunks: Generator[T, None, None], call: Call) -> Generator[T, None, No
     try:
         yield from chunks
     finally:
-        call.close()
+        pass
 
 
 async def aowned(chunks: AsyncGenerator[T, None], call: Call) -> AsyncGenerator[T, None]:
@@ -105,5 +105,4 @@ async def aowned(chunks: AsyncGenerator[T, None], call: Call) -> AsyncGenerator[
         async for chunk in chunks:
             yield chunk
     finally:
-        call.close()
-        await chunks.aclose()
+        pass
