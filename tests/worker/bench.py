@@ -20,9 +20,11 @@ from llama_worker import (
 from llama_worker._cancel import CancelFlag
 from llama_worker._channel import CommandChannel, Ticket
 from llama_worker._commands import Embed, Generate, Reload, Shutdown
-from llama_worker._loop import Service, _end, load, step
+from llama_worker._loop import end, step
 from llama_worker._preparer import Preparer
 from llama_worker._published import Published
+from llama_worker._reloading import load
+from llama_worker._service import Service
 from llama_worker.testing import FakeEngine, assert_well_formed, fake_loader
 
 
@@ -142,7 +144,7 @@ class Bench:
         self.channel.command(Shutdown())
         while step(self.service):
             pass
-        _end(self.service, None)
+        end(self.service, None)
 
     def check(self) -> None:
         """The prefix cache's books are right, and they are what the engine holds."""

@@ -21,7 +21,9 @@ def test_running_requests_are_finished_and_waiting_ones_run_on_the_new_model():
     old = bench.engine
     reload = bench.reload(n_ctx=512)
     queued, _ = bench.ask(CHAT, max_tokens=100)
-    bench.settle(running, waiting, queued)
+    bench.settle(running)
+    assert not waiting.events, "nobody new is let in while the old model is drained"
+    bench.settle(waiting, queued)
     assert reload.answer.result(0) is None
     assert old.closed
     assert [sink.text for sink in (running, waiting, queued)] == ["a long enough answer"] * 3

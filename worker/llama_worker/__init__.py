@@ -6,7 +6,8 @@ The house, from the outside in:
     _registry      one live worker for each configuration
     _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
     _channel       the bounded way to the worker thread; _commands is what travels on it
-    _loop          the worker thread: the only caller of an engine
+    _loop          the worker thread, with _decoding, _embedding and _reloading: the only callers of an engine
+    _service       what that thread works with
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
     _reply         token -> text -> events; _streams is where the caller reads them
     _engine/       llama.cpp, behind the protocol in _engine/base

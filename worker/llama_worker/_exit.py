@@ -13,7 +13,7 @@ import time
 import weakref
 
 from llama_worker._commands import Shutdown
-from llama_worker._loop import Service
+from llama_worker._service import Service
 
 PATIENCE = 1.5  # seconds, for all workers together
 

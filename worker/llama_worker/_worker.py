@@ -28,10 +28,11 @@ from llama_worker._errors import (
     copy_of,
 )
 from llama_worker._events import Reply
-from llama_worker._loop import Service, State, run
+from llama_worker._loop import run
 from llama_worker._preparer import Preparer
 from llama_worker._published import Published
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._service import Service, State
 from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, Mailbox, loop_door
 from llama_worker._view import ModelView
 

@@ -1,0 +1,197 @@
+"""One step of generating: admit, decode, sample, emit; and what to do when a decode does not succeed.
+
+    rc 1   the KV cache is full: evict, halve the batch, preempt, start over, and only then fail one
+    rc 2   aborted: keep what was computed, decode again what was not
+    else   fail the requests of this batch; the worker serves on
+
+After any rc but 0 no logits are read: llama.cpp aborts the process over a row that has none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import assert_never
+
+from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine
+from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError
+from llama_worker._events import FinishReason
+from llama_worker._generation import Generation
+from llama_worker._logprobs import logprob_of
+from llama_worker._prefix_cache import Clear, KVOp, Share, Trim
+from llama_worker._scheduler import Batch
+from llama_worker._service import Loaded, Service
+
+logger = logging.getLogger("llama_worker")
+
+
+def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> None:
+    """One decode for everyone who runs, and what is sampled from it."""
+    scheduler = loaded.scheduler
+    for generation, ops in scheduler.admit(newcomers=newcomers):
+        apply(loaded.engine, ops)
+        _start(loaded, generation)
+    apply(loaded.engine, scheduler.make_room())
+    batch = scheduler.plan()
+    if batch is None:
+        _fail_stuck(loaded)
+        return
+    batch = _decode(service, loaded, batch)
+    if batch is not None:
+        _sample(service, loaded, scheduler.commit(batch))
+
+
+def apply(engine: Engine, ops: Iterable[KVOp]) -> None:
+    for op in ops:
+        match op:
+            case Clear(seq):
+                engine.seq_clear(seq)
+            case Trim(seq, length):
+                if not engine.seq_trim(seq, length):
+                    raise GenerationError(f"the engine could not trim sequence {seq} to {length} tokens")
+            case Share(source, target, length):
+                engine.seq_share(source, target, length)
+            case _:
+                assert_never(op)
+
+
+def _start(loaded: Loaded, generation: Generation) -> None:
+    """Give a newcomer its sampler. A preempted generation has one already, with its history."""
+    if generation.sampler is not None:
+        return
+    job = generation.command.job
+    try:
+        generation.sampler = loaded.engine.new_sampler(job.request.params, job.prompt)
+    except LlamaWorkerError as exc:
+        generation.fail(exc)
+        loaded.retire(generation)
+
+
+def _fail_stuck(loaded: Loaded) -> None:
+    """Somebody runs but no row fits: with one generation left there is nobody to make room for it."""
+    for generation in list(loaded.scheduler.running):
+        n_ctx = loaded.engine.limits.n_ctx
+        generation.fail(ContextOverflowError(stage="decode", resident=generation.n_resident, additional=1, n_ctx=n_ctx))
+        loaded.retire(generation)
+
+
+def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
+    """Decode `batch`, or the part of it that fits. Returns what was decoded; None when nothing was."""
+    while True:
+        status = _decode_armed(service, loaded, batch)
+        if status is DecodeStatus.OK:
+            return batch
+        if status is DecodeStatus.KV_FULL:
+            smaller = _relieve(loaded, batch)
+            if smaller is None:
+                return None
+            batch = smaller
+            continue
+        if status is DecodeStatus.ABORTED:
+            service.n_aborts += 1
+            _resync(loaded, batch)
+        else:
+            _fail_batch(loaded, batch, status)
+        return None
+
+
+def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatus:
+    """Decode with the abort flag within reach of whoever cancels one of the batch's requests.
+
+    A model that cannot be trimmed loses every sequence of an aborted batch, so there it takes all of them.
+    """
+    engine, parts = loaded.engine, batch.parts
+    flag = engine.abort_flag
+    abort = flag.raise_ if engine.limits.can_trim else partial(_raise_if_all_cancelled, flag, parts)
+    flag.clear()
+    for generation in parts:
+        generation.command.cancel.arm(abort)
+    started = service.clock()
+    try:
+        status = engine.decode(batch.spans)
+    finally:
+        for generation in parts:
+            generation.command.cancel.disarm()
+    if status is DecodeStatus.OK:
+        loaded.scheduler.observe(batch.n_rows, (service.clock() - started) * 1000)
+    return status
+
+
+def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> None:
+    if all(generation.command.cancel.is_set for generation in parts):
+        flag.raise_()
+
+
+def _relieve(loaded: Loaded, batch: Batch) -> Batch | None:
+    """The engine has no room for `batch` although the books said so: evict, halve, preempt, start over, fail."""
+    scheduler = loaded.scheduler
+    if (op := scheduler.cache.evict(batch.n_rows)) is not None:
+        apply(loaded.engine, [op])
+        return batch
+    if batch.n_rows > 1:
+        return scheduler.plan(batch.n_rows // 2)
+    if (op := scheduler.preempt()) is not None:
+        apply(loaded.engine, [op])
+        return scheduler.plan(1)
+    if (op := scheduler.start_over()) is not None:
+        apply(loaded.engine, [op])
+        return scheduler.plan()
+    _fail_stuck(loaded)
+    return None
+
+
+def _resync(loaded: Loaded, batch: Batch) -> None:
+    """After an abort: keep what is computed, but no row whose logits were never read."""
+    for span, generation in zip(batch.spans, batch.parts, strict=True):
+        last = span.start + len(span.tokens) - int(span.output)
+        keep = min(loaded.engine.seq_end(span.seq), last)
+        # A state that cannot be cut back is corrupt after an abort, whatever length it claims.
+        lost = keep < span.start or not loaded.engine.limits.can_trim
+        if lost or not loaded.engine.seq_trim(span.seq, keep):
+            loaded.engine.seq_clear(span.seq)
+            keep = 0
+        loaded.scheduler.resync(generation, span, keep)
+
+
+def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:
+    logger.error("llama_decode returned %d for %d rows of %d sequences", status, batch.n_rows, len(batch.parts))
+    for generation in batch.parts:
+        assert generation.slot is not None
+        generation.fail(GenerationError(f"llama_decode returned {int(status)} ({status.name.lower()})"))
+        apply(loaded.engine, [loaded.scheduler.cache.forget(generation.slot)])
+        loaded.retire(generation)
+
+
+def _sample(service: Service, loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:
+    for row, generation in outputs:
+        if not generation.command.cancel.is_set:
+            _next_token(loaded, row, generation)
+
+
+def _next_token(loaded: Loaded, row: int, generation: Generation) -> None:
+    engine, vocabulary, command = loaded.engine, loaded.view.vocabulary, generation.command
+    assert generation.sampler is not None
+    wanted = command.job.request.params.logprobs
+    logits = None if wanted is None else engine.logits(row).copy()  # samplers work in place
+    token = engine.sample(row, generation.sampler)
+    if token in vocabulary.end_tokens:
+        _finish(loaded, generation, "stop")
+        return
+    logprob = None if logits is None or wanted is None else logprob_of(logits, token, wanted, vocabulary.pieces)
+    generation.tokens.append(token)
+    delta = generation.reply.feed(token, logprob)
+    if delta is not None:
+        command.sink.put(delta)
+    reason = generation.end_reason()
+    if reason is not None:
+        _finish(loaded, generation, reason)
+
+
+def _finish(loaded: Loaded, generation: Generation, reason: FinishReason) -> None:
+    text, digest = generation.flush(), generation.command.job.prefix_digest
+    if digest is not None:
+        # Known before it is announced: the next turn may be prepared the moment the reply is read.
+        loaded.view.replies.remember(digest, text, generation.sampled.copy())
+    generation.finish(reason)
+    loaded.retire(generation)

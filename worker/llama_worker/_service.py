@@ -1,0 +1,78 @@
+"""Service: everything that the worker thread works with, in one place.
+
+At every instant an accepted request is reachable from exactly one container: the channel, `preparing`
+(stale, with the preparer), `renewed` (back from it), the scheduler's waiting or running generations, or
+the embedding queue. A request enters the next before it leaves the last; so whatever is raised at
+whichever point, the end of the loop finds it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama_worker._channel import CommandChannel
+from llama_worker._commands import Reload, Request
+from llama_worker._config import ModelConfig
+from llama_worker._embeddings import EmbedQueue
+from llama_worker._engine.base import Engine, Loader
+from llama_worker._generation import Generation
+from llama_worker._preparer import Preparer
+from llama_worker._scheduler import Scheduler
+from llama_worker._view import ModelView
+
+State = Literal["loading", "ready", "draining", "unloaded", "closed", "dead"]
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A model that is being served: its engine, what callers see of it, and who is served."""
+
+    engine: Engine
+    view: ModelView
+    scheduler: Scheduler
+    embeds: EmbedQueue
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle and not self.embeds
+
+    def retire(self, generation: Generation) -> None:
+        """The generation was answered: give back its slot and free its sampler."""
+        self.scheduler.retire(generation)
+        self.close_sampler(generation)
+
+    def close_sampler(self, generation: Generation) -> None:
+        sampler, generation.sampler = generation.sampler, None
+        if sampler is not None:
+            sampler.close()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Service:
+    """Everything that the worker thread works with. Other threads only read `state` and the counts."""
+
+    channel: CommandChannel
+    loader: Loader
+    config: ModelConfig
+    step_budget_ms: float
+    preparer: Preparer
+    publish: Callable[[ModelView | Exception], None]
+    clock: Callable[[], float] = time.monotonic
+    state: State = "loading"
+    loaded: Loaded | None = None
+    refusal: Exception | None = None
+    reloading: Reload | None = None
+    preparing: list[Request] = field(default_factory=list)
+    renewed: list[Request] = field(default_factory=list)
+    epoch: int = 0
+    n_steps: int = 0
+    n_aborts: int = 0
+    ended: Future[None] = field(default_factory=Future)
+    abort: Callable[[], None] | None = None
+
+    def is_past(self, deadline: float | None) -> bool:
+        return deadline is not None and self.clock() >= deadline
