@@ -22,40 +22,63 @@ SHORT_WORDS, LONG_WORDS = 16, 3000
 
 
 class Stopwatch:
-    """Times the calls of a decode loop: every llama_decode ends one step, the sampler's time is taken off."""
+    """Times what lies between the calls of a decode loop, by `clock`; the sampler's time is taken off."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, clock: Callable[[], float]) -> None:
         self._rows = rows
+        self._clock = clock
         self._sampling = 0.0
         self._left: float | None = None
-        self.steps: list[float] = []
+        self._steps: list[float] = []
 
-    def decode(self, call: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
-        def timed(context: Any, batch: Any) -> int:
-            entered = time.perf_counter()
-            if self._left is not None and batch.n_tokens == self._rows:
-                self.steps.append(entered - self._left - self._sampling)
-            status = call(context, batch)
-            self._sampling = 0.0
-            self._left = time.perf_counter() if batch.n_tokens == self._rows else None
-            return status
+    def enter_decode(self, rows: int) -> None:
+        if self._left is not None and rows == self._rows:
+            self._steps.append(self._clock() - self._left - self._sampling)
 
-        return timed
+    def leave_decode(self, rows: int) -> None:
+        self._sampling = 0.0
+        self._left = self._clock() if rows == self._rows else None
 
     def sample(self, call: Callable[..., int]) -> Callable[..., int]:
         def timed(*arguments: Any) -> int:
-            entered = time.perf_counter()
+            entered = self._clock()
             token = call(*arguments)
-            self._sampling += time.perf_counter() - entered
+            self._sampling += self._clock() - entered
             return token
 
         return timed
 
     def microseconds_per_token(self) -> float:
         """Of the median step: one that the operating system interrupted says nothing about Python."""
-        cost = median(self.steps) / self._rows * 1e6
-        self.steps.clear()
+        cost = median(self._steps) / self._rows * 1e6
+        self._steps.clear()
         return cost
+
+
+class Stopwatches:
+    """Wall time and the thread's own CPU time, side by side. They differ by waiting: for the GIL or a core."""
+
+    def __init__(self, rows: int) -> None:
+        self._wall, self._cpu = Stopwatch(rows, time.perf_counter), Stopwatch(rows, time.thread_time)
+
+    def decode(self, call: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
+        def timed(context: Any, batch: Any) -> int:
+            rows = batch.n_tokens
+            self._wall.enter_decode(rows)
+            self._cpu.enter_decode(rows)
+            status = call(context, batch)
+            self._cpu.leave_decode(rows)
+            self._wall.leave_decode(rows)
+            return status
+
+        return timed
+
+    def sample(self, call: Callable[..., int]) -> Callable[..., int]:
+        return self._wall.sample(self._cpu.sample(call))
+
+    def costs(self, name: str) -> Figures:
+        wall, cpu = self._wall.microseconds_per_token(), self._cpu.microseconds_per_token()
+        return {f"{name}_us": wall, f"{name}_cpu_us": cpu}
 
 
 def ours(model: str, threads: str) -> Figures:
@@ -63,7 +86,7 @@ def ours(model: str, threads: str) -> Figures:
     from llama_worker import LlamaWorker, ModelConfig
     from llama_worker._engine.library import library
 
-    watch, lib = Stopwatch(ROWS), library()
+    watch, lib = Stopwatches(ROWS), library()
     bindings.llama_decode = watch.decode(bindings.llama_decode)
     lib.short.llama_sampler_sample = watch.sample(lib.short.llama_sampler_sample)
     with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), n_ctx=N_CTX, n_parallel=ROWS)) as worker:
@@ -76,7 +99,7 @@ def llama(model: str, threads: str) -> Figures:
     from llama_cpp import Llama
 
     bindings.llama_vocab_is_eog = lambda vocab, token: False
-    watch = Stopwatch(1)
+    watch = Stopwatches(1)
     bindings.llama_decode = watch.decode(bindings.llama_decode)
     bindings.llama_sampler_sample = watch.sample(bindings.llama_sampler_sample)
     client = Llama(model, n_ctx=N_CTX, n_threads=int(threads), verbose=False)
@@ -88,12 +111,12 @@ def llama(model: str, threads: str) -> Figures:
     return _figures(run, watch)
 
 
-def _figures(run: Callable[[int], None], watch: Stopwatch) -> Figures:
-    costs = []
-    for words in (SHORT_WORDS, LONG_WORDS):
+def _figures(run: Callable[[int], None], watch: Stopwatches) -> Figures:
+    figures: Figures = {}
+    for name, words in (("short", SHORT_WORDS), ("long", LONG_WORDS)):
         run(words)
-        costs.append(watch.microseconds_per_token())
-    return {"short_us": costs[0], "long_us": costs[1], "growth": costs[1] / costs[0]}
+        figures |= watch.costs(name)
+    return figures
 
 
 def _eight(complete: drive.Complete, words: int) -> None:

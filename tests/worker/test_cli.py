@@ -17,6 +17,7 @@ from llama_worker.__main__ import main
 
 SMOLLM2 = "demo://smollm2-135m-instruct"
 COMMAND = [sys.executable, "-m", "llama_worker"]
+CHAT = [*COMMAND, "chat", SMOLLM2, "--temperature", "0", "--n-threads", "1"]
 
 
 class TestDescribe:
@@ -71,7 +72,7 @@ class TestChat:
     def test_a_pipe_gets_answers_only(self) -> None:
         """The second answer shows that the first turn is remembered: greedy, it repeats the name."""
         done = subprocess.run(
-            [*COMMAND, "chat", SMOLLM2, "--temperature", "0", "--max-tokens", "12", "--n-ctx", "512"],
+            [*CHAT, "--max-tokens", "12", "--n-ctx", "512"],
             input="My name is Paris.\n\nWhat is my name?\n/exit\nnever asked\n",
             capture_output=True,
             text=True,
@@ -87,7 +88,7 @@ class TestChat:
         """Greedy answers to the same question differ by it."""
         answers = {
             subprocess.run(
-                [*COMMAND, "chat", SMOLLM2, "--temperature", "0", "--max-tokens", "12", "--system", system],
+                [*CHAT, "--max-tokens", "12", "--system", system],
                 input="Who are you?\n",
                 capture_output=True,
                 text=True,
@@ -100,8 +101,8 @@ class TestChat:
 
     def test_a_message_that_does_not_fit_fails_alone(self) -> None:
         done = subprocess.run(
-            [*COMMAND, "chat", SMOLLM2, "--temperature", "0", "--max-tokens", "8", "--n-ctx", "256"],
-            input=f"{'word ' * 600}\nHello\n",
+            [*CHAT, "--max-tokens", "8", "--n-ctx", "256"],
+            input=f"{'word ' * 400}\nHello\n",
             capture_output=True,
             text=True,
             timeout=120,
@@ -128,7 +129,8 @@ class TestChat:
 
     def test_ctrl_c_at_the_prompt_does_not_end_the_program(self, terminal: Terminal) -> None:
         terminal.read_until("> ")
-        terminal.process.send_signal(signal.SIGINT)
+        terminal.interrupt_until_heard()
+        terminal.read_until("(Ctrl-D or /exit ends)\r\n")
         terminal.read_until("> ")
         terminal.write("/exit\n")
         assert terminal.process.wait(timeout=60) == 0
@@ -139,7 +141,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self._controller, follower = pty.openpty()
-        command = [*COMMAND, "chat", SMOLLM2, "--temperature", "0", "--max-tokens", "200"]
+        command = [*CHAT, "--max-tokens", "200"]
         environment = {**os.environ, "TERM": "dumb"}  # no escape codes
         self.process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
         os.close(follower)
@@ -157,6 +159,14 @@ class Terminal:
     def read_some(self, seconds: float = 90.0) -> str:
         assert select.select([self._controller], [], [], seconds)[0], f"silent for {seconds} s"
         return os.read(self._controller, 1).decode("latin-1")
+
+    def interrupt_until_heard(self) -> None:
+        """A signal between the prompt and the wait for a key is seen at the next key only: then send another."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            if select.select([self._controller], [], [], 3.0)[0]:
+                return
+        raise AssertionError("Ctrl-C was never heard")
 
     def close(self) -> None:
         if self.process.poll() is None:

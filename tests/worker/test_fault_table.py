@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 
-from llama_worker import DeadlineExceeded, Failed, Finished, Message, ModelConfig, WorkerClosed, WorkerDied
+from llama_worker import (
+    DeadlineExceeded,
+    Failed,
+    Finished,
+    GenerationError,
+    Message,
+    ModelConfig,
+    WorkerClosed,
+    WorkerDied,
+)
 from llama_worker._engine.base import DecodeStatus
 from llama_worker.testing import FakeEngine, Fault, assert_well_formed, fake_loader, fake_worker
 
@@ -66,6 +75,16 @@ def test_an_embedding_that_does_not_return_ends_at_its_deadline(nth: int):
         with pytest.raises(DeadlineExceeded):
             worker.embed(["now"], timeout=0.05)
         assert len(worker.embed(["afterwards"])) == 1
+
+
+@pytest.mark.parametrize("call", ["sample", "new_sampler"])
+def test_a_typed_error_of_one_request_fails_that_request_alone(call: str):
+    """No token left to choose, a sampler that cannot be made: the worker and the others go on."""
+    loader = fake_loader(faults=[Fault(call, GenerationError("not this one"), 1)])  # type: ignore[arg-type]
+    with fake_worker(loader=loader, n_ctx=4096, n_parallel=4) as worker:
+        outcomes = run_everything(worker)
+        assert [type(outcome).__name__ for outcome in outcomes if isinstance(outcome, Exception)] == ["GenerationError"]
+        assert worker.status().state == "ready"
 
 
 def test_closing_ends_a_call_that_does_not_return():

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument("--temperature", type=float, help="0 always takes the likeliest token; default 0.8")
     chat.add_argument("--max-tokens", type=int, help="end each answer after so many tokens")
+    chat.add_argument("--n-threads", type=int, help="CPU threads; default: the physical cores")
     chat.add_argument("--seed", type=int, help="for answers that can be repeated")
     chat.set_defaults(run=_chat)
     return parser
@@ -132,57 +133,81 @@ def _chat(options: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
     history = (Message(role="system", content=options.system),) if options.system else ()
-    config = ModelConfig(model=options.model, n_ctx=options.n_ctx, n_parallel=1)
+    config = ModelConfig(model=options.model, n_ctx=options.n_ctx, n_threads=options.n_threads, n_parallel=1)
     with LlamaWorker(config) as worker:
-        _talk(worker, history, sampling)
+        _Chat(worker, sampling).run(history)
     return 0
 
 
-def _talk(worker: LlamaWorker, history: tuple[Message, ...], sampling: dict[str, Any]) -> None:
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
+class _Chat:
+    """Lines in, answers out. Ctrl-C ends what is under way, a line or an answer, and nothing else.
+
+    It closes the stream, which then ends in order, instead of raising somewhere within it.
+    """
+
+    def __init__(self, worker: LlamaWorker, sampling: dict[str, Any]) -> None:
+        self._worker = worker
+        self._sampling = sampling
+        self._prompt = "> " if sys.stdin.isatty() else ""
+        self._stream: EventStream | None = None
+        self._reading = False
+
+    def run(self, history: tuple[Message, ...]) -> None:
+        previous = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            line = input(prompt).strip()
-            if line == "/exit":
-                return
-            if line:
-                history = _turn(worker, (*history, Message(role="user", content=line)), sampling)
+            while (line := self._read()) is not None:
+                if line:
+                    history = self._turn((*history, Message(role="user", content=line)), history)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        elif self._reading:
+            self._reading = False  # a second Ctrl-C must not interrupt the answer to the first
+            raise KeyboardInterrupt
+
+    def _read(self) -> str | None:
+        """The next line, "" for nothing to answer, None for the end."""
+        self._reading = True
+        try:
+            line = input(self._prompt).strip()
         except EOFError:
-            return
+            return None
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends)")
+            return ""
+        finally:
+            self._reading = False
+        return None if line == "/exit" else line
+
+    def _turn(self, messages: tuple[Message, ...], before: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Print the answer as it comes; the history with it, or that of `before` if it cannot be given."""
+        try:
+            with self._worker.stream(messages, **self._sampling) as self._stream:
+                return (*messages, Message(role="assistant", content=_print_answer(self._stream)))
         except RequestError as error:
             _complain(error)
+            return before
+        finally:
+            self._stream = None
 
 
-def _turn(worker: LlamaWorker, messages: tuple[Message, ...], sampling: dict[str, Any]) -> tuple[Message, ...]:
-    """Print the answer as it comes; the history with it. Raises what the request failed with."""
-    with worker.stream(messages, **sampling) as stream, _interrupt_closes(stream):
-        for event in stream:
-            match event:
-                case TextDelta(text=text):
-                    print(text, end="", flush=True)
-                case Finished(reason=reason, text=text):
-                    print(" (cancelled)" if reason == "cancelled" else "", flush=True)
-                    messages = (*messages, Message(role="assistant", content=text))
-                case Failed(error=error):
-                    print(flush=True)
-                    raise error
-    return messages
-
-
-@contextlib.contextmanager
-def _interrupt_closes(stream: EventStream) -> Iterator[None]:
-    """Ctrl-C closes `stream`, which then ends in order, instead of raising somewhere within it."""
-
-    def close(_signal: int, _frame: FrameType | None) -> None:
-        stream.close()
-
-    previous = signal.signal(signal.SIGINT, close)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _print_answer(stream: EventStream) -> str:
+    """The whole answer. Raises what the request failed with."""
+    text = ""
+    for event in stream:
+        match event:
+            case TextDelta():
+                print(event.text, end="", flush=True)
+            case Finished():
+                print(" (cancelled)" if event.reason == "cancelled" else "", flush=True)
+                text = event.text
+            case Failed():
+                print(flush=True)
+                raise event.error
+    return text
 
 
 if __name__ == "__main__":

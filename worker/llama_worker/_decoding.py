@@ -39,7 +39,7 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
         return
     batch = _decode(service, loaded, batch)
     if batch is not None:
-        _sample(service, loaded, scheduler.commit(batch))
+        _sample(loaded, scheduler.commit(batch))
 
 
 def apply(engine: Engine, ops: Iterable[KVOp]) -> None:
@@ -163,10 +163,15 @@ def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:
         loaded.retire(generation)
 
 
-def _sample(service: Service, loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:
+def _sample(loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:
     for row, generation in outputs:
-        if not generation.command.cancel.is_set:
+        if generation.command.cancel.is_set:
+            continue  # answered at the next step
+        try:
             _next_token(loaded, row, generation)
+        except LlamaWorkerError as exc:
+            generation.fail(exc)
+            loaded.retire(generation)
 
 
 def _next_token(loaded: Loaded, row: int, generation: Generation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_worker._errors import GenerationError
+from llama_worker._errors import LlamaWorkerError
 from llama_worker._service import Loaded
 
 
@@ -18,7 +18,7 @@ def embed(loaded: Loaded) -> None:
         command.cancel.arm(flag.raise_)
     try:
         vectors = loaded.engine.embed([text.tokens for text in batch])
-    except GenerationError as exc:
+    except LlamaWorkerError as exc:
         # A batch that was aborted for one of its requests is simply tried again without it.
         if not any(command.cancel.is_set for command in commands):
             loaded.embeds.fail(batch, exc)

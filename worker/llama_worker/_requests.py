@@ -11,6 +11,7 @@ from llama_worker._config import Settings
 from llama_worker._errors import FieldError, InvalidRequestError
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+_MOST_BIAS = 1e4
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -30,7 +31,8 @@ class SamplingParams(Settings):
     `max_tokens`: None means as many as fit into n_ctx. `temperature` 0 is greedy. `seed` None draws one.
     `stop`: strings that end the generation and are not part of the text. `logprobs`: None for none,
     otherwise how many alternatives to report beside each sampled token.
-    `logit_bias`: token id -> added to its logit; -inf bans it.
+    `logit_bias`: token id -> added to its logit; -inf bans it. A temperature below 0.001 counts as 0.
+    `repeat_last_n` and `dry_penalty_last_n` -1 mean all of n_ctx.
     `mirostat` 1 or 2 replaces the truncating samplers.
     """
 
@@ -48,7 +50,7 @@ class SamplingParams(Settings):
     xtc_threshold: _Share = 0.1
     dynatemp_range: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     dynatemp_exponent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
-    repeat_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**24)] = 64
     frequency_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0.0
@@ -56,14 +58,10 @@ class SamplingParams(Settings):
     dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.75
     dry_allowed_length: Annotated[int, Field(ge=0, le=2**16)] = 2
     dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**24)] = -1
+    # llama.cpp tokenizes around every breaker: more or longer ones would hold up the worker for seconds.
     dry_sequence_breakers: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=40)], ...], Field(max_length=64)
-    ] = (
-        "\n",
-        ":",
-        '"',
-        "*",
-    )
+        tuple[Annotated[str, Field(min_length=1, max_length=20)], ...], Field(max_length=8)
+    ] = ("\n", ":", '"', "*")
     mirostat: Literal[0, 1, 2] = 0
     mirostat_tau: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 5.0
     mirostat_eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.1
@@ -89,8 +87,8 @@ class SamplingParams(Settings):
     @field_validator("logit_bias")
     @classmethod
     def _no_nan(cls, value: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        if any(bias != bias or bias == float("inf") for _, bias in value):
-            raise ValueError("a bias must be a number below +inf")
+        if any(not bias <= _MOST_BIAS for _, bias in value):
+            raise ValueError(f"a bias must be a number up to {_MOST_BIAS:g}; -inf bans the token")
         return value
 
 

@@ -115,7 +115,11 @@ class Sampler(Protocol):
 
 
 class Engine(Protocol):
-    """One loaded model. See the module for the thread rule."""
+    """One loaded model. See the module for the thread rule.
+
+    A call from another thread, or after close, raises RuntimeError; generating with a model that only
+    embeds raises UnsupportedFeatureError.
+    """
 
     @property
     def limits(self) -> EngineLimits: ...
@@ -135,7 +139,8 @@ class Engine(Protocol):
     def sample(self, row: int, sampler: Sampler) -> int:
         """Sample and accept the next token from the logits of `row` of the last decode.
 
-        Raises ValueError when that row has no logits, or the last decode did not return OK.
+        Raises ValueError when that row has no logits, or the last decode did not return OK;
+        GenerationError when the logits are no finite numbers, or no token is left to choose.
         """
         ...
 
@@ -167,7 +172,8 @@ class Engine(Protocol):
         """Pooled embeddings of `texts`, float32 of shape (len(texts), n_embd), not normalised. Blocks.
 
         Raises ValueError for more than n_embed_seq texts or n_embed_tokens tokens together, or an
-        empty text; GenerationError when the engine fails or is aborted.
+        empty text; GenerationError when the engine fails or is aborted; UnsupportedFeatureError for a
+        model without text embeddings; ModelLoadError when its context, made at first use, does not fit.
         """
         ...
 
