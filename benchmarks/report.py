@@ -13,7 +13,7 @@ import psutil
 
 from benchmarks import places, plot
 from benchmarks.intervals import Interval
-from benchmarks.lines import CORES, Claim
+from benchmarks.lines import CORES
 from benchmarks.rounds import Result
 from benchmarks.verdicts import Outcome, Verdict, judge, shown
 
@@ -130,15 +130,11 @@ def _target(claim: Mapping[str, Any]) -> str:
 
 def _terminal_row(result: Result, verdict: Verdict) -> str:
     claim, found = verdict.claim, verdict.interval
-    text = f"{result.line.name:16} {_subject(claim):58}"
+    text = f"{result.line.name:16} {claim.text:50}"
     if found is None:
         return f"{text} {_reasons(result)} {Outcome.NOT_MEASURED}"
     goal = _target({"target": claim.target, "at_most": claim.at_most})
     return f"{text} {found.median:7.3f}  [{found.low:.3f} … {found.high:.3f}] n={found.n:<2} {goal:7} {verdict.outcome}"
-
-
-def _subject(claim: Claim) -> str:
-    return claim.text
 
 
 def _reasons(result: Result) -> str:

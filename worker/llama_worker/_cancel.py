@@ -43,7 +43,7 @@ class CancelFlag:
     def arm(self, wake: Callable[[], object]) -> None:
         """Call `wake`, which must not block, when the flag is set; at once if it is set already."""
         self._wake = wake
-        if self.is_set:
+        if self.cancelled or self.expired:
             wake()
 
     def disarm(self) -> None:

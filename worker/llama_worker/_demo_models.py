@@ -129,7 +129,8 @@ def _convert_bert(folder: Path, target: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         if name not in _UNUSED_TENSORS:
-            _add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), tensor)
+            # llama.cpp refuses a file with a tensor that it does not know, so an unmapped name is no secret.
+            _add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")) or name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -54,16 +54,17 @@ class Generation:
     @property
     def n_resident(self) -> int:
         """Tokens whose KV is computed."""
-        return 0 if self.slot is None else self.slot.n
+        return 0 if self.slot is None else self.slot.tokens.n
 
     @property
     def n_left(self) -> int:
         """Tokens to decode before the next one can be sampled; at least 1."""
-        return self.tokens.n - self.n_resident
+        slot = self.slot
+        return self.tokens.n if slot is None else self.tokens.n - slot.tokens.n
 
     @property
     def is_decoding(self) -> bool:
-        return self.n_left == 1 and self.n_sampled > 0
+        return self.tokens.n > self.n_prompt and self.n_left == 1
 
     @property
     def has_begun(self) -> bool:

@@ -128,11 +128,12 @@ def _answer_ended(service: Service) -> None:
     if loaded is None:
         return
     for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
-        if generation.command.cancel.is_set or service.is_past(generation.command.deadline):
+        command = generation.command
+        if command.cancel.is_set or (command.deadline is not None and service.is_past(command.deadline)):
             _end_early(loaded, generation)
-    for command in loaded.embeds.requests():
-        if _answer_if_ended(service, command):
-            loaded.embeds.remove(command)
+    for embedding in loaded.embeds.requests():
+        if _answer_if_ended(service, embedding):
+            loaded.embeds.remove(embedding)
 
 
 def _answer_if_ended(service: Service, request: Request) -> bool:

@@ -80,6 +80,11 @@ class Cells:
         self._holders[taken] = 1
         return taken
 
+    def take_one(self) -> int:
+        cell = self._free.pop()
+        self._holders[cell] = 1
+        return cell
+
     def hold(self, cells: list[int]) -> None:
         self._holders[cells] += 1
 
@@ -178,6 +183,10 @@ class PrefixCache:
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
         """`tokens` were decoded behind what the slot holds."""
+        if len(tokens) == 1:  # every decoding sequence, every step
+            slot.cells.append(self.cells.take_one())
+            slot.tokens.append(tokens[0])
+            return
         slot.cells.extend(self.cells.take(len(tokens)))
         slot.tokens.extend(tokens)
 

@@ -107,6 +107,8 @@ class Scheduler:
         is left.
         """
         ops: list[KVOp] = []
+        if self.cache.cells.free >= self._limits.n_ubatch:
+            return ops
         wanted = min(sum(g.n_left for g in self.running), self._limits.n_ubatch)
         while self.cache.cells.free < wanted and (op := self.cache.evict(wanted - self.cache.cells.free)):
             ops.append(op)
@@ -117,14 +119,17 @@ class Scheduler:
     def plan(self, most_rows: int | None = None) -> Batch | None:
         """The rows of the next step, at most `most_rows`; None when nobody runs. Changes nothing."""
         room = min(most_rows or self._limits.n_batch, self._limits.n_batch, self.cache.cells.free)
-        decoding = [g for g in self.running if g.is_decoding][:room]
-        room -= len(decoding)
-        budget = min(room, self._pace.rows() if decoding else self._limits.n_ubatch)
-        chunks = self._chunks(budget)
-        parts = [(g, 1) for g in decoding] + chunks
+        decoding: list[Generation] = []
+        prefilling: list[Generation] = []
+        for generation in self.running:
+            (decoding if generation.is_decoding else prefilling).append(generation)
+        parts = [(generation, 1) for generation in decoding[:room]]
+        if prefilling:
+            room -= len(parts)
+            parts += _chunks(prefilling, min(room, self._pace.rows() if decoding else self._limits.n_ubatch))
         if not parts:
             return None
-        return Batch(tuple(_span(g, n) for g, n in parts), tuple(g for g, _ in parts))
+        return Batch(tuple([_span(g, n) for g, n in parts]), tuple([g for g, _ in parts]))
 
     def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
         """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now."""
@@ -135,9 +140,10 @@ class Scheduler:
             row += len(span.tokens)
             if span.output:
                 outputs.append((row - 1, generation))
-        served = set(map(id, batch.parts))
-        for generation in self.running:
-            generation.passed_over = 0 if id(generation) in served else generation.passed_over + 1
+        if len(batch.parts) < len(self.running):
+            served = set(map(id, batch.parts))
+            for generation in self.running:
+                generation.passed_over = 0 if id(generation) in served else generation.passed_over + 1
         return outputs
 
     def retire(self, generation: Generation) -> None:
@@ -189,16 +195,6 @@ class Scheduler:
         """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
         self._pace.observe(n_rows, milliseconds)
 
-    def _chunks(self, budget: int) -> list[tuple[Generation, int]]:
-        chunks = []
-        for generation in sorted((g for g in self.running if not g.is_decoding), key=_urgency):
-            n = min(generation.n_left, budget)
-            if n <= 0:
-                break
-            chunks.append((generation, n))
-            budget -= n
-        return chunks
-
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""
         if not self._limits.can_share or not self.running:
@@ -217,6 +213,17 @@ class Scheduler:
 
     def _least_rows(self) -> int:
         return max(1, sum(g.is_decoding for g in self.running)) if self.running else 0
+
+
+def _chunks(prefilling: list[Generation], budget: int) -> list[tuple[Generation, int]]:
+    chunks = []
+    for generation in sorted(prefilling, key=_urgency):
+        n = min(generation.n_left, budget)
+        if n <= 0:
+            break
+        chunks.append((generation, n))
+        budget -= n
+    return chunks
 
 
 def _urgency(generation: Generation) -> tuple[bool, int, int]:

@@ -57,6 +57,14 @@ def test_sampling_keywords_are_checked_by_the_constructor() -> None:
         LlamaWorkerLLM(model="m.gguf", temperature=-1)
 
 
+def test_stops_and_biases_come_in_any_form(worker: LlamaWorker) -> None:
+    assert LlamaWorkerLLM(worker=worker, stop="there").complete("x").text == "Hi "
+    llm = LlamaWorkerLLM(worker=worker, stop=["there"], logit_bias={7: 1.0})
+    assert (llm.stop, llm.logit_bias) == (("there",), ((7, 1.0),))
+    llm.stop = ["!"]
+    assert llm.complete("x").text == "Hi there"
+
+
 @both
 def test_a_model_or_a_worker_must_be_given(component: type[WorkerComponent]) -> None:
     with pytest.raises(ConfigError, match="model"):

@@ -9,6 +9,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, Completi
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.llama_worker import LlamaWorkerLLM
+from pydantic import BaseModel
 
 from llama_worker import (
     ContextOverflowError,
@@ -167,7 +168,7 @@ async def test_logprobs_come_for_each_token(ask: Ask, llm: LlamaWorkerLLM) -> No
 
 @every_way
 async def test_no_logprobs_unless_asked_for(ask: Ask, llm: LlamaWorkerLLM) -> None:
-    assert [response.logprobs for response in await ask(llm)] == [None] * len(await ask(llm))
+    assert all(response.logprobs is None for response in await ask(llm))
 
 
 @every_way
@@ -227,12 +228,10 @@ async def test_a_cancelled_stream_ends_in_order(ask: Ask, llm: LlamaWorkerLLM) -
     assert [(chunk.delta, chunk.raw["finish_reason"]) for chunk in chunks] == [("", "cancelled")]
 
 
-@pytest.mark.parametrize("prompt", [["Hello", "there"]])
-def test_a_formatted_prompt_is_raw_text(prompt: list[str], llm: LlamaWorkerLLM) -> None:
-    text = " ".join(prompt)
-    bos = 1
-    assert llm.complete(text, formatted=True).raw["usage"]["prompt_tokens"] == len(text) + bos
-    assert [*llm.stream_complete(text, formatted=True)][-1].raw["usage"]["prompt_tokens"] == len(text) + bos
+def test_a_formatted_prompt_is_raw_text(llm: LlamaWorkerLLM) -> None:
+    """Its bytes and the BOS are all the tokens there are: no template."""
+    for response in (llm.complete("abc", formatted=True), [*llm.stream_complete("abc", formatted=True)][-1]):
+        assert response.raw["usage"]["prompt_tokens"] == len("abc") + 1
 
 
 def test_a_prompt_may_be_positional_or_a_keyword(llm: LlamaWorkerLLM) -> None:
@@ -295,3 +294,20 @@ def test_tools_are_refused_with_a_way_out(llm: LlamaWorkerLLM) -> None:
         llm.chat_with_tools(tools=[], user_msg="Hello", tool_required=True)
     with pytest.raises(UnsupportedFeatureError, match="tool calling"):
         llm.get_tool_calls_from_response(llm.chat(HELLO))
+
+
+class Song(BaseModel):
+    title: str
+
+
+async def test_structured_output_is_parsed_from_text() -> None:
+    """As LlamaIndex does for every model without tool calls: the schema is in the prompt, the reply is parsed."""
+    with fake_worker('{"title": "Yesterday"}', n_ctx=20_000) as worker:
+        llm, prompt = LlamaWorkerLLM(worker=worker), PromptTemplate("A song, please.")
+        assert llm.structured_predict(Song, prompt) == Song(title="Yesterday")
+        assert await llm.astructured_predict(Song, prompt) == Song(title="Yesterday")
+
+
+def test_structured_output_that_is_none_is_an_error(llm: LlamaWorkerLLM) -> None:
+    with pytest.raises(ValueError, match=r"(?i)json"):
+        llm.structured_predict(Song, PromptTemplate("A song, please."))

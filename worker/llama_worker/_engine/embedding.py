@@ -81,7 +81,9 @@ def can_embed(config: ModelConfig, info: ModelInfo) -> bool:
 
 def _context_params(api: Any, config: ModelConfig, info: ModelInfo) -> Any:
     params = api.llama_context_default_params()
-    params.n_batch, _, params.n_seq_max = embedding_limits(config, info)
+    n_tokens, _, params.n_seq_max = embedding_limits(config, info)
+    # llama.cpp reserves the same number of tokens for each sequence and asserts that all of them fit.
+    params.n_batch = -(-n_tokens // params.n_seq_max) * params.n_seq_max
     params.n_ctx = params.n_ubatch = params.n_batch
     params.n_threads = params.n_threads_batch = threads(config)[1]
     params.embeddings = True

@@ -57,7 +57,7 @@ class Call:
         """The deltas, then the whole reply. Raises what the request failed with."""
         worker = self._connect()
         try:
-            self._stream = stream = (lambda: worker.stream(self._prompt, **self._options))()
+            self._stream = stream = self._context.run(lambda: worker.stream(self._prompt, **self._options))
         except GenerationCancelled:  # while it waited for room in the queue
             yield self._reply(_NOTHING)
             return
@@ -66,7 +66,7 @@ class Call:
 
     async def aevents(self) -> AsyncGenerator[TextDelta | Reply, None]:
         worker = self._connect()
-        self._stream = stream = (lambda: worker.astream(self._prompt, **self._options))()
+        self._stream = stream = self._context.run(lambda: worker.astream(self._prompt, **self._options))
         try:
             async for event in stream:
                 yield self._read(event)

@@ -39,7 +39,7 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
     worker: LlamaWorker | None = Field(default=None, exclude=True, repr=False)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
-    # Holding the worker keeps it open between calls; which one it is, the registry says at each call.
+    # The worker that was last asked, for metadata; which one to ask, the registry says at each call.
     _held: LlamaWorker | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -86,10 +86,11 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
         # LlamaIndex's own method deletes what cannot be pickled from the very object that is pickled.
         twin = self.model_copy()
         twin._held = None
-        if twin.worker is not None:
-            for name in (*ModelConfig.model_fields, *WorkerConfig.model_fields):
-                twin.__dict__.pop(name, None)  # the worker brings them, and may have been reloaded since
-        return super(WorkerComponent, twin).__getstate__()
+        state = super(WorkerComponent, twin).__getstate__()
+        if self.worker is not None:  # it brings its settings, and may have been reloaded since
+            brought = {*ModelConfig.model_fields, *WorkerConfig.model_fields}
+            state["__dict__"] = {name: value for name, value in state["__dict__"].items() if name not in brought}
+        return state
 
 
 def _part(component: WorkerComponent, settings: type[C]) -> C:

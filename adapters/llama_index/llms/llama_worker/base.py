@@ -29,8 +29,9 @@ from llama_index.llms.llama_worker._observed import (
     observed_completion,
 )
 from llama_index.llms.llama_worker._tokenizer import Tokenizer
+from pydantic import ConfigDict
 
-from llama_worker import ConfigError, Message, SamplingParams, UnsupportedFeatureError
+from llama_worker import Message, SamplingParams, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -65,7 +66,12 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
     GenerationCancelled. `raw` holds `model`, `finish_reason` and `usage`, on a stream's last chunk.
     """
 
-    error_type = ConfigError  # what SamplingParams, as a base, would call a bad request
+    # Where SamplingParams, as a base, differs: it is frozen, and calls what cannot work a bad request.
+    model_config = ConfigDict(frozen=False)
+    error_type = WorkerComponent.error_type
+    if TYPE_CHECKING:  # it takes these in more forms than the one it keeps
+        stop: Any = ()
+        logit_bias: Any = ()
 
     is_function_calling_model: bool = False
 
