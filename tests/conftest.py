@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from llama_worker._models import resolve
 from tests import synth
+
+
+def pytest_sessionfinish() -> None:
+    """llama_cpp opens two files at import and never closes them; Python would say so after the summary."""
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if utils is not None:
+            getattr(utils, name).close()
 
 
 @pytest.fixture(scope="session")

@@ -153,6 +153,7 @@ def test_a_bad_worker_configuration_names_its_field():
         ("stop", 7),
         ("logit_bias", {"a": 1}),
         ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: 1e30}),
         ("logit_bias", {10**9: 1.0}),
         ("temprature", 0.5),
     ],

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 from llama_worker import LlamaWorker
 
+pytestmark = pytest.mark.engine
+
 Matrix = NDArray[np.float64]
 
 TEXTS = [

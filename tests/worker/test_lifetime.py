@@ -8,10 +8,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
-from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerClosed, WorkerConfig, close_all, get_worker
+from llama_worker import ModelConfig, ModelLoadError, WorkerClosed, WorkerConfig, close_all, get_worker
 from llama_worker.testing import fake_loader, fake_worker
 from tests.worker.waiting import wait_until
 
@@ -22,12 +23,23 @@ def _clean_registry():
     close_all()
 
 
-def test_equal_configurations_share_one_worker():
-    config = ModelConfig(model="/nowhere/model.gguf", n_ctx=512)
+@pytest.mark.engine
+def test_equal_configurations_share_one_worker(tiny_llama: Path):
+    config = ModelConfig(model=str(tiny_llama), n_ctx=512, n_threads=1)
     worker = get_worker(config)
-    assert get_worker(ModelConfig(model="/nowhere/../nowhere/model.gguf", n_ctx=512)) is worker
-    assert get_worker(ModelConfig(model="/nowhere/model.gguf", n_ctx=1024)) is not worker
+    detour = tiny_llama.parent / "somewhere" / ".." / tiny_llama.name
+    assert get_worker(ModelConfig(model=str(detour), n_ctx=512, n_threads=1)) is worker
+    assert get_worker(ModelConfig(model=str(tiny_llama), n_ctx=1024, n_threads=1)) is not worker
     assert get_worker(config, WorkerConfig(queue_size=9)) is not worker
+
+
+@pytest.mark.engine
+def test_a_worker_that_was_closed_is_replaced_and_a_pickle_finds_the_live_one(tiny_llama: Path):
+    config = ModelConfig(model=str(tiny_llama), n_ctx=512, n_threads=1)
+    worker = get_worker(config)
+    assert pickle.loads(pickle.dumps(worker)) is worker
+    worker.close()
+    assert get_worker(config) is not worker
 
 
 def test_the_registry_loads_in_the_background_and_the_first_use_learns_of_a_failure():
@@ -46,12 +58,10 @@ async def test_an_async_first_use_learns_of_a_failure_too():
         await worker.aembed(["hello"])
 
 
-def test_copies_are_the_same_worker_and_a_pickle_finds_it_again():
+def test_copies_are_the_same_worker():
     worker = get_worker("/nowhere/model.gguf")
     assert copy.deepcopy({"worker": worker})["worker"] is worker
     assert copy.copy(worker) is worker
-    if not worker.is_closed:
-        assert isinstance(pickle.loads(pickle.dumps(worker)), LlamaWorker)
 
 
 def test_close_is_idempotent_and_final():
