@@ -83,11 +83,11 @@ class _Writer:
         self.gguf.close()
 
 
-def llama(path: Path, *, weights: str = "f32", n_layer: int = 3, seed: int = 0) -> Path:
+def llama(path: Path, *, weights: str = "f32", n_layer: int = 3, seed: int = 0, space_prefix: bool = False) -> Path:
     """Plain attention: 128 wide, 4 heads, 2 KV heads."""
     out = _Writer(path, "llama", weights, seed)
     _attention_shape(out.gguf, n_embd=128, n_ff=256, n_layer=n_layer, n_head=4, n_head_kv=2)
-    _sentencepiece(out.gguf)
+    _sentencepiece(out.gguf, space_prefix=space_prefix)
     _ends(out, 128)
     for layer in range(n_layer):
         name = f"blk.{layer}."
@@ -263,7 +263,7 @@ def _feed_forward(out: _Writer, name: str, *, n_embd: int, n_ff: int) -> None:
 # --- tokenizers
 
 
-def _sentencepiece(w: Any) -> None:
+def _sentencepiece(w: Any, *, space_prefix: bool = False) -> None:
     kind = gguf.TokenType
     pieces = [("<unk>", 0.0, kind.UNKNOWN), ("<s>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL)]
     pieces += [("<|im_start|>", 0.0, kind.CONTROL), ("<|im_end|>", 0.0, kind.CONTROL)]
@@ -279,7 +279,7 @@ def _sentencepiece(w: Any) -> None:
     w.add_eos_token_id(IM_END)
     w.add_eot_token_id(IM_END)
     w.add_add_bos_token(True)
-    w.add_add_space_prefix(False)
+    w.add_add_space_prefix(space_prefix)
     w.add_chat_template(TEMPLATE)
 
 

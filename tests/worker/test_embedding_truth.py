@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from llama_worker import LlamaWorker
+from llama_worker import LlamaWorker, ModelConfig
 
 pytestmark = pytest.mark.engine
 
@@ -78,6 +78,13 @@ def test_different_texts_are_told_apart(worker: LlamaWorker, truth: Matrix) -> N
     vectors = np.array(worker.embed(TEXTS))
     likeness = vectors @ truth.T
     assert np.max(likeness - 2 * np.eye(len(TEXTS))) < 0.95
+
+
+@pytest.mark.parametrize("n_batch", [32, 33, 100, 2000])
+def test_any_n_batch_will_do(n_batch: int, tiny_bert: Path) -> None:
+    """llama.cpp ends the process where the rows of a batch are no multiple of its texts."""
+    with LlamaWorker(ModelConfig(model=str(tiny_bert), n_batch=n_batch, n_threads=1)) as worker:
+        assert len(worker.embed(["a lamp", "the river", "hello"])) == 3
 
 
 def cosines(a: Matrix, b: Matrix) -> Matrix:

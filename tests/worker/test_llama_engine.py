@@ -27,6 +27,7 @@ from llama_worker._engine.base import DecodeStatus, Floats, LoadedModel, Span, T
 from llama_worker._engine.llama import LlamaEngine, load
 from llama_worker._engine.log import collected_log, error_lines, forward_log, hold_log, release_log
 from llama_worker._engine.threads import usable_cores
+from llama_worker._engine.vocabulary import LlamaVocabulary
 from tests import synth
 
 pytestmark = pytest.mark.engine
@@ -614,3 +615,17 @@ def test_python_takes_little_time_for_each_token(tiny_llama: Path):
     print(f"python per token and step: {per_token:.1f} us")
     assert per_token < 30
     engine.close()
+
+
+def test_a_text_in_two_pieces_has_the_ids_of_the_whole(synth_folder: Path):
+    """SentencePiece puts a space before each text that it is given: not before one that continues another."""
+    vocabulary = LlamaVocabulary(synth.llama(synth_folder / "spaced.gguf", space_prefix=True))
+
+    def ids(text: str, after: int | None = None) -> list[int]:
+        return vocabulary.tokenize(text, add_special=False, parse_special=True, after=after).tolist()
+
+    first = ids("hello")
+    assert first + ids(", world", first[-1]) == ids("hello, world")
+    control = ids("<|im_end|>")
+    assert control + ids("hello", control[-1]) == ids("<|im_end|>hello")
+    assert first + ids(", world") != ids("hello, world")

@@ -150,18 +150,19 @@ class ModelView:
     def _closes(self, tokens: TokenIds) -> bool:
         return int(tokens[-1]) in self.vocabulary.end_tokens or self.info.is_embedding
 
-    def _segment_tokens(self, rendered: str) -> TokenIds:
-        parts = [
-            self.vocabulary.tokenize(segment.text, add_special=False, parse_special=segment.special)
-            for segment in self.guard.split(rendered)
-        ]
+    def _segment_tokens(self, rendered: str, after: int | None = None) -> TokenIds:
+        parts: list[TokenIds] = []
+        for segment in self.guard.split(rendered):
+            ids = self.vocabulary.tokenize(segment.text, add_special=False, parse_special=segment.special, after=after)
+            parts.append(ids)
+            after = int(ids[-1]) if len(ids) else after
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def _spliced(self, rendered: str, replies: Sequence[tuple[Span, str]]) -> TokenIds:
         parts: list[TokenIds] = []
-        digest, cursor = PrefixDigest(), 0
+        digest, cursor, after = PrefixDigest(), 0, None
         for (start, stop), text in replies:
-            before = self._segment_tokens(rendered[cursor:start])
+            before = self._segment_tokens(rendered[cursor:start], after)
             here = digest.copy()
             here.update(before)
             ids = self.replies.find(here.value(), text)
@@ -169,7 +170,9 @@ class ModelView:
                 continue
             # As it stands in the prompt: the template may have trimmed it, the guard put marks into it.
             count, length = covering(ids, rendered[start:stop], self.vocabulary.pieces)
+            if not count:
+                continue
             parts += [before, ids[:count]]
             here.update(ids[:count])
-            digest, cursor = here, start + length
-        return np.concatenate([*parts, self._segment_tokens(rendered[cursor:])])
+            digest, cursor, after = here, start + length, int(ids[count - 1])
+        return np.concatenate([*parts, self._segment_tokens(rendered[cursor:], after)])

@@ -67,7 +67,7 @@ class ByteTokenizer:
     def __init__(self) -> None:
         self.n_calls = 0
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool, after: int | None = None) -> TokenIds:
         """See Vocabulary.tokenize."""
         self.n_calls += 1
         try:

@@ -209,10 +209,13 @@ class Vocabulary(Protocol):
     @property
     def eos_text(self) -> str: ...
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
-        """Text to ids. `add_special`: with BOS/EOS as the model wants. `parse_special`: control
-        tokens written in the text become control tokens. Raises InvalidRequestError for text that is
-        no valid Unicode."""
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool, after: int | None = None) -> TokenIds:
+        """Text to ids. Raises InvalidRequestError for text that is no valid Unicode.
+
+        `add_special`: with BOS and EOS as the model wants them. `parse_special`: control tokens written
+        in the text become control tokens. `after`: the id that this text follows in the same prompt,
+        None at the beginning of one; SentencePiece puts a space before a text unless it follows another.
+        """
         ...
 
 

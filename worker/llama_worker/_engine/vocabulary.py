@@ -45,18 +45,28 @@ class LlamaVocabulary:
         is_end = lib.short.llama_vocab_is_eog
         self.end_tokens = frozenset(token for token in range(self.n_tokens) if is_end(self._vocab, token))
         self.control_texts: Sequence[str] = _control_texts(lib, self._vocab, self.n_tokens)
+        self._control_ids = _control_ids(lib, self._vocab, self.n_tokens)
+        self._newline = self._tokenize(b"\n", False, False)
+        self._adds_space = self.pieces[self._tokenize(b"a", False, False)[0]].startswith(b" ")
         self.bos_text = self._text_of(lib.api.llama_vocab_bos(self._vocab))
         self.eos_text = self._text_of(lib.api.llama_vocab_eos(self._vocab))
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool, after: int | None = None) -> TokenIds:
         """See `base.Vocabulary`. Runs of more than 4096 characters without a space are cut for BPE models."""
         data = _encoded(text)
+        if self._adds_space and after is not None and after not in self._control_ids:
+            return self._continuation(data, parse_special)
         if not self._is_bpe or len(text) <= _LONGEST_RUN:
             return self._tokenize(data, add_special, parse_special)
         cuts = self._cuts(text)
         if not cuts:
             return self._tokenize(data, add_special, parse_special)
         return self._tokenize_parts(text, cuts, add_special, parse_special)
+
+    def _continuation(self, data: bytes, parse_special: bool) -> TokenIds:
+        """SentencePiece puts a space before each text; behind a newline that space is not ours to have."""
+        ids, lead = self._tokenize(b"\n" + data, False, parse_special), len(self._newline)
+        return ids[lead:] if np.array_equal(ids[:lead], self._newline) else self._tokenize(data, False, parse_special)
 
     def _tokenize(self, data: bytes, add_special: bool, parse_special: bool) -> TokenIds:
         functions = self._lib.short if len(data) <= _SHORT_BYTES else self._lib.api
@@ -121,12 +131,16 @@ def _piece(lib: Library, vocab: Pointer, token: int, buffer: ctypes.Array[ctypes
 
 
 def _control_texts(lib: Library, vocab: Pointer, n_tokens: int) -> list[str]:
-    api, short = lib.api, lib.short
-    # Not the user-defined ones: llama.cpp parses them always (some are single letters), and templates look for them.
-    special: Any = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
-    ids = (token for token in range(n_tokens) if short.llama_vocab_get_attr(vocab, token) & special)
-    texts = {(short.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace") for token in ids}
+    ids = _control_ids(lib, vocab, n_tokens)
+    texts = {(lib.short.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace") for token in ids}
     return sorted(texts - {""}, key=lambda text: (-len(text), text))
+
+
+def _control_ids(lib: Library, vocab: Pointer, n_tokens: int) -> frozenset[int]:
+    # Not the user-defined ones: llama.cpp parses them always (some are single letters), and templates look for them.
+    special: Any = lib.api.LLAMA_TOKEN_ATTR_CONTROL | lib.api.LLAMA_TOKEN_ATTR_UNKNOWN
+    get_attr = lib.short.llama_vocab_get_attr
+    return frozenset(token for token in range(n_tokens) if get_attr(vocab, token) & special)
 
 
 def _encoded(text: str) -> bytes:
