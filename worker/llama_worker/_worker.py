@@ -432,7 +432,7 @@ class LlamaWorker:
     ) -> Reload:
         wanted = _changed(config or self.config, changes)
         if self._service.loader is _load_llama:
-            _check_model(wanted)
+            _check_model(wanted, self._published.current)
         deadline = None if timeout is None else time.monotonic() + timeout
         command = Reload(config=wanted, when=when, deadline=deadline)
         if not self._channel.command(command):
@@ -461,13 +461,13 @@ def _load_llama(config: ModelConfig) -> LoadedModel:
     return load(config)
 
 
-def _check_model(config: ModelConfig) -> None:
+def _check_model(config: ModelConfig, serving: ModelView | None) -> None:
     """Everything that can be known to fail before the old model is let go."""
-    from llama_worker._memory import check_fits
+    from llama_worker._memory import check_fits, plan
     from llama_worker._models import read_info, resolve
 
-    path = resolve(config.model)
-    check_fits(read_info(path), config)
+    freed = 0 if serving is None else plan(serving.info, serving.config).needed
+    check_fits(read_info(resolve(config.model)), config, freed=freed)
 
 
 def _messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
