@@ -29,6 +29,10 @@ class Ticket:
         self.accepted = False
         self.closed = False
 
+    @property
+    def is_settled(self) -> bool:
+        return self.accepted or self.closed
+
 
 class CommandChannel:
     """A mailbox with many senders and one receiver, the worker thread."""
@@ -79,7 +83,7 @@ class CommandChannel:
     def withdraw(self, ticket: Ticket) -> None:
         """Give up the place, unless the ticket is settled already: look at it afterwards."""
         with self._changed:
-            if not ticket.accepted and not ticket.closed:
+            if not ticket.is_settled:
                 self._tickets.remove(ticket)
 
     def command(self, control: Control) -> bool:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
 
 from llama_worker._cancel import CancelFlag
 from llama_worker._config import ModelConfig
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, StreamEvent, Usage
-from llama_worker._requests import EmbedRequest, GenerationRequest
-from llama_worker._tokens import TokenIds
-
-if TYPE_CHECKING:
-    from llama_worker._view import ModelView
+from llama_worker._jobs import EmbedJob, GenerationJob
 
 
 def settle(answer: Future[Any], *, result: object = None, error: Exception | None = None) -> None:
@@ -31,35 +27,6 @@ class EventSink(Protocol):
     """Where a generation's events go. `put` is called by any thread and must not block or raise."""
 
     def put(self, event: StreamEvent) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationJob:
-    """A generation, prepared for `view`: tokens that fit, and how many more may follow.
-
-    `prefix_digest` identifies the prompt's tokens for the splice of known replies; None for raw prompts.
-    """
-
-    request: GenerationRequest
-    view: ModelView
-    prompt: TokenIds
-    max_tokens: int
-    prefix_digest: bytes | None
-
-    def prepare_again(self, view: ModelView) -> GenerationJob:
-        return view.prepare_generation(self.request)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedJob:
-    """Texts to embed, prepared for `view`."""
-
-    request: EmbedRequest
-    view: ModelView
-    texts: tuple[TokenIds, ...]
-
-    def prepare_again(self, view: ModelView) -> EmbedJob:
-        return view.prepare_embedding(self.request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,9 +45,6 @@ class Generate:
     def answer_cancelled(self) -> None:
         self.sink.put(Finished(reason="cancelled", text="", usage=Usage()))
 
-    def prepared(self, view: ModelView) -> Generate:
-        return replace(self, job=self.job.prepare_again(view))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Embed:
@@ -97,9 +61,6 @@ class Embed:
     def answer_cancelled(self) -> None:
         # Never Future.cancel(): an awaiting task would see a CancelledError that nobody asked for.
         settle(self.answer, error=GenerationCancelled())
-
-    def prepared(self, view: ModelView) -> Embed:
-        return replace(self, job=self.job.prepare_again(view))
 
 
 Request: TypeAlias = Generate | Embed

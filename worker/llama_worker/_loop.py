@@ -94,7 +94,7 @@ def _place(service: Service, request: Request) -> bool:
     loaded = service.loaded
     if loaded is None:
         request.fail(service.refusal or WorkerClosed())
-    elif request.job.view is not loaded.view:
+    elif request.job.epoch != loaded.view.epoch:
         service.preparing.append(request)
         service.preparer.renew(request, loaded.view, service.channel.nudge)
     elif isinstance(request, Embed):

@@ -11,9 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
-from llama_worker._commands import Request, settle
+from llama_worker._commands import Generate, Request, settle
 from llama_worker._errors import WorkerClosed
 from llama_worker._view import ModelView
 
@@ -50,7 +51,7 @@ class Preparer:
 
         def run() -> None:
             try:
-                self._outcomes.append((request, request.prepared(view)))
+                self._outcomes.append((request, prepared_again(request, view)))
             except Exception as exc:  # noqa: BLE001  it belongs to the request
                 self._outcomes.append((request, exc))
             done()
@@ -84,6 +85,13 @@ class Preparer:
                 target=_work, args=(self._tasks,), name="llama-worker-preparer", daemon=True
             )
             self._thread.start()
+
+
+def prepared_again(request: Request, view: ModelView) -> Request:
+    """`request` with a job for `view`. Raises RequestError when it no longer fits."""
+    if isinstance(request, Generate):
+        return replace(request, job=view.prepare_generation(request.job.request))
+    return replace(request, job=view.prepare_embedding(request.job.request))
 
 
 def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:

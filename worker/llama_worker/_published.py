@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from llama_worker._errors import copy_of
+from llama_worker._errors import WorkerClosed, copy_of
 from llama_worker._view import ModelView
 
 
@@ -27,6 +27,10 @@ class Published:
     @property
     def failure(self) -> Exception | None:
         return self._value if isinstance(self._value, Exception) else None
+
+    def why_closed(self) -> Exception:
+        """The error for a caller who finds the channel closed, a fresh one each time."""
+        return WorkerClosed() if self.failure is None else copy_of(self.failure)
 
     def view(self, timeout: float | None = None) -> ModelView | None:
         """Wait for loading to end; the view, or None after `timeout` seconds. Raises why there is none."""

@@ -18,10 +18,10 @@ import numpy as np
 
 from llama_worker._chat.segments import ControlTextGuard, Span
 from llama_worker._chat.template import CHATML, ChatTemplate
-from llama_worker._commands import EmbedJob, GenerationJob
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import EngineLimits, LoadedModel, ModelInfo, Vocabulary
 from llama_worker._errors import ContextOverflowError, InvalidRequestError, UnsupportedFeatureError
+from llama_worker._jobs import EmbedJob, GenerationJob
 from llama_worker._replies import KnownReplies, PrefixDigest, covering, digest_of
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message
 from llama_worker._tokens import TokenIds
@@ -107,7 +107,7 @@ class ModelView:
             raise InvalidRequestError("prompt", "", "it has no tokens, and this model has no BOS to begin with")
         return GenerationJob(
             request=request,
-            view=self,
+            epoch=self.epoch,
             prompt=prompt,
             max_tokens=self._room(len(prompt), request.params.max_tokens),
             prefix_digest=digest_of(prompt) if request.messages is not None else None,
@@ -119,7 +119,7 @@ class ModelView:
             raise UnsupportedFeatureError("embedding", f"{self.info.name} cannot embed; open an embedding model")
         return EmbedJob(
             request=request,
-            view=self,
+            epoch=self.epoch,
             texts=tuple(self._embed_tokens(text, request.overlong == "truncate") for text in request.texts),
         )
 

@@ -11,33 +11,27 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 from llama_worker import _exit
+from llama_worker._admission import Admission
 from llama_worker._cancel import CancelFlag, new_flag
-from llama_worker._channel import CommandChannel, Ticket
-from llama_worker._commands import Embed, EmbedJob, Generate, Reload, Request, Shutdown
+from llama_worker._channel import CommandChannel
+from llama_worker._commands import Embed, Generate, Reload, Shutdown
 from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
-from llama_worker._errors import (
-    DeadlineExceeded,
-    GenerationCancelled,
-    InvalidRequestError,
-    QueueFull,
-    WorkerClosed,
-    copy_of,
-)
+from llama_worker._errors import DeadlineExceeded, WorkerClosed
 from llama_worker._events import Reply
+from llama_worker._jobs import EmbedJob
 from llama_worker._loop import run
 from llama_worker._preparer import Preparer
+from llama_worker._prompts import MessageLike, Prompt, core_messages, embed_request, generation_request
 from llama_worker._published import Published
-from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._requests import GenerationRequest
 from llama_worker._service import Service, State
-from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, Mailbox, loop_door
+from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, Mailbox
 from llama_worker._view import ModelView
 
-MessageLike: TypeAlias = Message | Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[MessageLike] | GenerationRequest
 T = TypeVar("T")
 
 
@@ -106,6 +100,7 @@ class LlamaWorker:
         self._worker_config = worker_config
         self._published = Published()
         self._channel = CommandChannel(worker_config.queue_size)
+        self._admission = Admission(self._channel, worker_config.on_full, self._published.why_closed)
         self._preparer = Preparer()
         self._flags: weakref.WeakSet[CancelFlag] = weakref.WeakSet()
         self._service = Service(
@@ -200,7 +195,7 @@ class LlamaWorker:
         """
         if isinstance(prompt, str):
             return len(self._view().tokenize(prompt))
-        return len(self._view().chat_tokens(_messages(prompt)))
+        return len(self._view().chat_tokens(core_messages(prompt)))
 
     # -- generating ---------------------------------------------------------------------------------
 
@@ -218,11 +213,11 @@ class LlamaWorker:
 
         What goes wrong after the request was accepted is the stream's last event, Failed.
         """
-        request = _request(prompt, timeout, sampling)
+        request = generation_request(prompt, timeout, sampling)
         cancel, deadline = self._new_flag(request.timeout)
         view = self._view_until(deadline, request.timeout)
-        mailbox = Mailbox()
-        self._put(Generate(job=view.prepare_generation(request), sink=mailbox, cancel=cancel, deadline=deadline))
+        job, mailbox = view.prepare_generation(request), Mailbox()
+        self._admission.put(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
         return EventStream(mailbox, cancel, deadline, view.info.name)
 
     async def agenerate(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> Reply:
@@ -236,7 +231,7 @@ class LlamaWorker:
         The request is checked here and submitted by the first step of the iteration, which raises what
         preparing it raises.
         """
-        request = _request(prompt, timeout, sampling)
+        request = generation_request(prompt, timeout, sampling)
         cancel, deadline = self._new_flag(request.timeout)
         names: list[str] = []
         start = partial(self._start_generation, request, cancel, deadline, names)
@@ -251,8 +246,8 @@ class LlamaWorker:
         mailbox: AsyncMailbox,
     ) -> None:
         job = await self._prepared(lambda view: view.prepare_generation(request), deadline, request.timeout)
-        names.append(job.view.info.name)
-        await self._aput(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
+        names.append(self.info.name)
+        await self._admission.aput(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
 
     # -- embedding ----------------------------------------------------------------------------------
 
@@ -265,13 +260,13 @@ class LlamaWorker:
         timeout: float | None = None,
     ) -> list[list[float]]:
         """One vector of n_embd floats for each text, in order. Blocks; raises as `generate`."""
-        request = _embed_request(texts, normalize, overlong, timeout)
+        request = embed_request(texts, normalize, overlong, timeout)
         if not request.texts:
             return []
         cancel, deadline = self._new_flag(timeout)
         command = _embed_command(self._view_until(deadline, timeout).prepare_embedding(request), cancel, deadline)
         try:
-            self._put(command)
+            self._admission.put(command)
             return _wait(command.answer, cancel, deadline)
         finally:
             cancel.cancel()
@@ -285,14 +280,14 @@ class LlamaWorker:
         timeout: float | None = None,
     ) -> list[list[float]]:
         """The async twin of `embed`. Never blocks the event loop."""
-        request = _embed_request(texts, normalize, overlong, timeout)
+        request = embed_request(texts, normalize, overlong, timeout)
         if not request.texts:
             return []
         cancel, deadline = self._new_flag(timeout)
         try:
             job = await self._prepared(lambda view: view.prepare_embedding(request), deadline, timeout)
             command = _embed_command(job, cancel, deadline)
-            await self._aput(command)
+            await self._admission.aput(command)
             return await _await_until(command.answer, cancel, deadline)
         finally:
             cancel.cancel()
@@ -369,59 +364,7 @@ class LlamaWorker:
         try:
             return await asyncio.wrap_future(task)
         except WorkerClosed:
-            raise self._why_closed() from None
-
-    def _put(self, request: Request) -> None:
-        """Get `request` accepted, waiting for room if need be. Raises what `_settled` raises."""
-        woken = threading.Event()
-        ticket = self._offer(request, woken.set)
-        if not (ticket.accepted or ticket.closed):
-            request.cancel.arm(woken.set)
-            left = None if request.deadline is None else max(request.deadline - time.monotonic(), 0.0)
-            try:
-                woken.wait(left)
-            finally:
-                request.cancel.disarm()
-                self._channel.withdraw(ticket)
-        self._settled(ticket)
-
-    async def _aput(self, request: Request) -> None:
-        """The async twin of `_put`: waits without a thread and without blocking the loop."""
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[None] = loop.create_future()
-        door = loop_door(loop)
-        wake = partial(door.knock, lambda: None if woken.done() else woken.set_result(None))
-        ticket = self._offer(request, wake)
-        if not (ticket.accepted or ticket.closed):
-            request.cancel.arm(wake)
-            try:
-                async with asyncio.timeout_at(_loop_time(loop, request.deadline)):
-                    await woken
-            except TimeoutError:
-                pass
-            finally:
-                request.cancel.disarm()
-                self._channel.withdraw(ticket)
-        self._settled(ticket)
-
-    def _offer(self, request: Request, wake: Callable[[], object]) -> Ticket:
-        ticket = Ticket(request, wake)
-        if self._worker_config.on_full == "wait":
-            self._channel.offer(ticket)
-        else:
-            self._channel.offer_nowait(ticket)
-            if not (ticket.accepted or ticket.closed):
-                raise QueueFull(self._channel.capacity)
-        return ticket
-
-    def _settled(self, ticket: Ticket) -> None:
-        if ticket.accepted:
-            return
-        if ticket.closed:
-            raise self._why_closed()
-        if ticket.request.cancel.cancelled:
-            raise GenerationCancelled()
-        raise DeadlineExceeded(ticket.request.job.request.timeout)
+            raise self._published.why_closed() from None
 
     def _reload(
         self,
@@ -436,12 +379,8 @@ class LlamaWorker:
         deadline = None if timeout is None else time.monotonic() + timeout
         command = Reload(config=wanted, when=when, deadline=deadline)
         if not self._channel.command(command):
-            raise self._why_closed()
+            raise self._published.why_closed()
         return command
-
-    def _why_closed(self) -> Exception:
-        failure = self._published.failure
-        return WorkerClosed() if failure is None else copy_of(failure)
 
     def _shut_down(self) -> None:
         _exit.interrupt(self._service)
@@ -470,45 +409,6 @@ def _check_model(config: ModelConfig, serving: ModelView | None) -> None:
     check_fits(read_info(resolve(config.model)), config, freed=freed)
 
 
-def _messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
-    if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
-        raise InvalidRequestError("prompt", type(prompt).__name__, "give a str, or a list of messages")
-    messages = []
-    for item in prompt:
-        if isinstance(item, Message):
-            messages.append(item)
-        elif isinstance(item, Mapping):
-            messages.append(Message(**item))
-        else:
-            raise InvalidRequestError(
-                "messages", type(item).__name__, "each must be a Message or a mapping with role and content"
-            )
-    return tuple(messages)
-
-
-def _request(prompt: Prompt, timeout: float | None, sampling: Mapping[str, Any]) -> GenerationRequest:
-    if isinstance(prompt, GenerationRequest):
-        if sampling or timeout is not None:
-            raise InvalidRequestError(
-                "prompt", "GenerationRequest", "it brings its own params and timeout; give no others"
-            )
-        return prompt
-    params = SamplingParams(**sampling)
-    seconds = None if timeout is None else float(timeout)
-    if isinstance(prompt, str):
-        return GenerationRequest(prompt=prompt, params=params, timeout=seconds)
-    return GenerationRequest(messages=_messages(prompt), params=params, timeout=seconds)
-
-
-def _embed_request(
-    texts: Sequence[str], normalize: bool, overlong: Literal["error", "truncate"], timeout: float | None
-) -> EmbedRequest:
-    if isinstance(texts, str):
-        raise InvalidRequestError("texts", texts, "give a list of texts, not one str")
-    seconds = None if timeout is None else float(timeout)
-    return EmbedRequest(texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=seconds)
-
-
 def _embed_command(job: EmbedJob, cancel: CancelFlag, deadline: float | None) -> Embed:
     return Embed(job=job, answer=Future(), cancel=cancel, deadline=deadline)
 
@@ -531,7 +431,3 @@ async def _await_until(answer: Future[T], cancel: CancelFlag, deadline: float | 
     finally:
         if timer is not None:
             timer.cancel()
-
-
-def _loop_time(loop: asyncio.AbstractEventLoop, deadline: float | None) -> float | None:
-    return None if deadline is None else loop.time() + max(deadline - time.monotonic(), 0.0)

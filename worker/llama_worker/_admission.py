@@ -1,0 +1,94 @@
+"""Admission: how a caller gets its request accepted, waiting for room if need be.
+
+Sync callers wait on an event of their own, async callers on a future of their loop: without a thread, and
+without blocking anybody. Whatever ends the wait early (deadline, cancel, Ctrl-C, a cancelled task) takes
+the request out of the line, or cancels it if it was accepted in that very moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from llama_worker._channel import CommandChannel, Ticket
+from llama_worker._commands import Request
+from llama_worker._errors import DeadlineExceeded, GenerationCancelled, QueueFull
+from llama_worker._streams import loop_door
+
+
+class Admission:
+    """The callers' side of one channel. Any thread.
+
+    `on_full`: "wait" for room, or "reject" with QueueFull. `why_closed` gives the error to raise when
+    the channel is closed.
+    """
+
+    def __init__(
+        self, channel: CommandChannel, on_full: Literal["wait", "reject"], why_closed: Callable[[], Exception]
+    ) -> None:
+        self._channel = channel
+        self._on_full = on_full
+        self._why_closed = why_closed
+
+    def put(self, request: Request) -> None:
+        """Blocks until `request` is accepted. Raises QueueFull, WorkerClosed, DeadlineExceeded, GenerationCancelled."""
+        woken = threading.Event()
+        ticket = self._offer(request, woken.set)
+        if not ticket.is_settled:
+            request.cancel.arm(woken.set)
+            try:
+                woken.wait(_seconds_left(request))
+            except BaseException:
+                request.cancel.cancel()
+                raise
+            finally:
+                self._leave(ticket)
+        self._conclude(ticket)
+
+    async def aput(self, request: Request) -> None:
+        """The async twin of `put`."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        door = loop_door(asyncio.get_running_loop())
+        wake = partial(door.knock, lambda: None if woken.done() else woken.set_result(None))
+        ticket = self._offer(request, wake)
+        if not ticket.is_settled:
+            request.cancel.arm(wake)
+            try:
+                await asyncio.wait([woken], timeout=_seconds_left(request))
+            except BaseException:
+                request.cancel.cancel()
+                raise
+            finally:
+                self._leave(ticket)
+        self._conclude(ticket)
+
+    def _offer(self, request: Request, wake: Callable[[], object]) -> Ticket:
+        ticket = Ticket(request, wake)
+        if self._on_full == "wait":
+            self._channel.offer(ticket)
+        else:
+            self._channel.offer_nowait(ticket)
+            if not ticket.is_settled:
+                raise QueueFull(self._channel.capacity)
+        return ticket
+
+    def _leave(self, ticket: Ticket) -> None:
+        ticket.request.cancel.disarm()
+        self._channel.withdraw(ticket)
+
+    def _conclude(self, ticket: Ticket) -> None:
+        if ticket.accepted:
+            return
+        if ticket.closed:
+            raise self._why_closed()
+        if ticket.request.cancel.cancelled:
+            raise GenerationCancelled()
+        raise DeadlineExceeded(ticket.request.job.request.timeout)
+
+
+def _seconds_left(request: Request) -> float | None:
+    return None if request.deadline is None else max(request.deadline - time.monotonic(), 0.0)

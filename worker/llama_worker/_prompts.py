@@ -1,0 +1,54 @@
+"""Prompts: the forms in which a caller may ask, and the one request that each becomes.
+
+A str is a raw completion; a sequence of messages, or of mappings with role and content, is a chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from llama_worker._errors import InvalidRequestError
+from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+
+MessageLike: TypeAlias = Message | Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[MessageLike] | GenerationRequest
+
+
+def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
+    if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
+        raise InvalidRequestError("prompt", type(prompt).__name__, "give a str, or a list of messages")
+    messages = []
+    for item in prompt:
+        if isinstance(item, Message):
+            messages.append(item)
+        elif isinstance(item, Mapping):
+            messages.append(Message(**item))
+        else:
+            raise InvalidRequestError(
+                "messages", type(item).__name__, "each must be a Message or a mapping with role and content"
+            )
+    return tuple(messages)
+
+
+def generation_request(prompt: Prompt, timeout: float | None, sampling: Mapping[str, Any]) -> GenerationRequest:
+    if isinstance(prompt, GenerationRequest):
+        if sampling or timeout is not None:
+            raise InvalidRequestError(
+                "prompt", "GenerationRequest", "it brings its own params and timeout; give no others"
+            )
+        return prompt
+    params = SamplingParams(**sampling)
+    seconds = None if timeout is None else float(timeout)
+    if isinstance(prompt, str):
+        return GenerationRequest(prompt=prompt, params=params, timeout=seconds)
+    return GenerationRequest(messages=core_messages(prompt), params=params, timeout=seconds)
+
+
+def embed_request(
+    texts: Sequence[str], normalize: bool, overlong: Literal["error", "truncate"], timeout: float | None
+) -> EmbedRequest:
+    if isinstance(texts, str):
+        raise InvalidRequestError("texts", texts, "give a list of texts, not one str")
+    seconds = None if timeout is None else float(timeout)
+    return EmbedRequest(texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=seconds)
