@@ -24,6 +24,6 @@ class Pace:
         self._row_ms = row if self._row_ms is None else self._row_ms + _MEMORY * (row - self._row_ms)
 
     def rows(self) -> int:
-        if not self._row_ms:
+        if self._row_ms is None:
             return FIRST_GUESS
-        return max(FEWEST_ROWS, int(self._budget_ms / self._row_ms))
+        return max(FEWEST_ROWS, int(self._budget_ms / max(self._row_ms, 1e-6)))
