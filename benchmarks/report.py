@@ -78,6 +78,7 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
         "at_most": claim.at_most,
         "is_ratio": claim.bottom is not None,
         "outcome": verdict.outcome.value,
+        "verdict": verdict.text,
         "found": _numbers(verdict.interval),
     }
 
@@ -90,7 +91,7 @@ def _numbers(found: Interval | None) -> dict[str, float] | None:
 
 def _section(line: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in line["machine"].items())
-    disturbed = f"; {line['disturbed_runs']} runs disturbed by others" if line["disturbed_runs"] else ""
+    disturbed = f"; {line['disturbed_runs']} runs left out, disturbed by others" if line["disturbed_runs"] else ""
     return "\n".join(
         [
             f"\n## {line['title']}\n",
@@ -117,9 +118,9 @@ def _contestant_row(name: str, found: Mapping[str, float] | None) -> str:
 def _claim_row(claim: Mapping[str, Any]) -> str:
     found = claim["found"]
     if found is None:
-        return f"| {claim['text']} | – | – | {_target(claim)} | {claim['outcome']} |"
+        return f"| {claim['text']} | – | – | {_target(claim)} | {claim['verdict']} |"
     spread = f"{found['low']:.3g} … {found['high']:.3g}"
-    return f"| {claim['text']} | {found['median']:.3g} | {spread} | {_target(claim)} | {claim['outcome']} |"
+    return f"| {claim['text']} | {found['median']:.3g} | {spread} | {_target(claim)} | {claim['verdict']} |"
 
 
 def _target(claim: Mapping[str, Any]) -> str:
@@ -134,7 +135,7 @@ def _terminal_row(result: Result, verdict: Verdict) -> str:
     if found is None:
         return f"{text} {_reasons(result)} {Outcome.NOT_MEASURED}"
     goal = _target({"target": claim.target, "at_most": claim.at_most})
-    return f"{text} {found.median:7.3f}  [{found.low:.3f} … {found.high:.3f}] n={found.n:<2} {goal:7} {verdict.outcome}"
+    return f"{text} {found.median:7.3f}  [{found.low:.3f} … {found.high:.3f}] n={found.n:<2} {goal:7} {verdict.text}"
 
 
 def _reasons(result: Result) -> str:

@@ -19,7 +19,7 @@ SIDE_SHOWS = 5
 
 
 ATTEMPTS = 3
-"""A run that others disturbed is repeated so often; the least disturbed one counts."""
+"""A run that others disturbed is repeated so often; the least disturbed one is kept."""
 
 Runner = Callable[[Contestant], list[str]]
 Say = Callable[[str], None]
@@ -31,6 +31,10 @@ class Run:
 
     figures: Figures
     disturbance: float
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.disturbance > quiet.TOLERATED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,9 +48,8 @@ class Result:
 
     @property
     def disturbed(self) -> int:
-        """Runs that counted although others used more than is tolerated."""
-        counted = [run for runs in self.runs.values() for run in runs if run is not None]
-        return sum(run.disturbance > quiet.TOLERATED for run in counted)
+        """Runs that others disturbed in every attempt; no ratio is taken from them."""
+        return sum(run is not None and run.is_disturbed for runs in self.runs.values() for run in runs)
 
 
 class ContestantFailed(Exception):
@@ -88,7 +91,7 @@ def _attempt(contestant: Contestant, command: list[str], result: Result) -> Run 
 
 def _least_disturbed(command: list[str]) -> Run:
     runs: list[Run] = []
-    while len(runs) < ATTEMPTS and (not runs or runs[-1].disturbance > quiet.TOLERATED):
+    while len(runs) < ATTEMPTS and (not runs or runs[-1].is_disturbed):
         meter = quiet.Meter()
         figures = _figures(command)
         runs.append(Run(figures=figures, disturbance=meter.disturbance()))
@@ -122,5 +125,5 @@ def _last_line(text: str) -> str:
 def _brief(line: Line, run: Run | None) -> str:
     if run is None:
         return "failed"
-    disturbed = f" (disturbed: {run.disturbance:.0%})" if run.disturbance > quiet.TOLERATED else ""
+    disturbed = f" (disturbed: {run.disturbance:.0%})" if run.is_disturbed else ""
     return f"{run.figures[line.shown]:.4g} {line.unit}{disturbed}"

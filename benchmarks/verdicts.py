@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from benchmarks.intervals import Interval, interval
+from benchmarks.intervals import CONFIDENCE, Interval, interval
 from benchmarks.lines import Claim, Figure
 from benchmarks.rounds import Result
 
@@ -24,6 +24,16 @@ class Verdict:
     claim: Claim
     interval: Interval | None
     outcome: Outcome
+
+    @property
+    def is_indicative(self) -> bool:
+        """Judged, but on too few undisturbed rounds for a 90 % interval."""
+        judged = self.outcome in (Outcome.PASS, Outcome.FALLS_SHORT)
+        return judged and self.interval is not None and self.interval.coverage < CONFIDENCE
+
+    @property
+    def text(self) -> str:
+        return f"{self.outcome} (too few rounds)" if self.is_indicative else str(self.outcome)
 
 
 def judge(result: Result) -> list[Verdict]:
@@ -54,7 +64,7 @@ def _outcome(claim: Claim, found: Interval) -> Outcome:
 
 
 def _pairs(claim: Claim, result: Result) -> list[float]:
-    """The claim's figure in each round in which both sides took part."""
+    """The claim's figure in each round in which both sides took part and others disturbed neither."""
     tops = _figures(result, claim.top)
     if claim.bottom is None:
         return [top for top in tops if top is not None]
@@ -63,4 +73,7 @@ def _pairs(claim: Claim, result: Result) -> list[float]:
 
 
 def _figures(result: Result, figure: Figure) -> list[float | None]:
-    return [None if run is None else run.figures[figure.name] for run in result.runs[figure.contestant]]
+    """None where the contestant did not take part or was disturbed."""
+    return [
+        None if run is None or run.is_disturbed else run.figures[figure.name] for run in result.runs[figure.contestant]
+    ]

@@ -7,7 +7,6 @@ fall short of the best by rounding only (0.05); an injected error costs more tha
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 from collections.abc import Sequence
@@ -34,7 +33,6 @@ from llama_worker.testing import assert_well_formed
 
 pytestmark = pytest.mark.engine
 
-PROOF = os.environ.get("LLAMA_WORKER_PROOF") == "1"
 N_THREADS, N_EACH, N_LOOPS = 64, 8, 4
 SYSTEMS = ["You are terse. " * 8, "You are a poet of the sea. " * 6, ""]
 
@@ -117,7 +115,6 @@ def test_sixty_four_threads_and_four_loops_are_all_answered_rightly(tiny_llama: 
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(not PROOF, reason="a full count: make proof")
 @pytest.mark.timeout(1500)
 def test_the_same_storm_on_smollm2(smollm2_path: Path):
     config = ModelConfig(model=str(smollm2_path), n_ctx=2048, n_parallel=8)
