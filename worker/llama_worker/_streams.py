@@ -45,6 +45,16 @@ class Mailbox:
             return None
 
 
+class LastWord(Mailbox):
+    """The sink of a caller who wants the whole reply: it is not woken before the end, which has the whole text."""
+
+    __slots__ = ()
+
+    def put(self, event: StreamEvent) -> None:
+        if not isinstance(event, TextDelta):
+            self._queue.put(event)
+
+
 class EventStream:
     """The events of one request, as they come: TextDelta*, then one Finished or Failed, which is yielded.
 
@@ -157,17 +167,23 @@ def loop_door(loop: asyncio.AbstractEventLoop) -> LoopDoor:
 
 
 class AsyncMailbox:
-    """The sink of an async stream: filled by any thread, emptied on one event loop."""
+    """The sink of an async stream: filled by any thread, emptied on one event loop.
 
-    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader")
+    `whole`: the reader wants the last event only, and is not woken before.
+    """
 
-    def __init__(self, door: LoopDoor, cancel: CancelFlag) -> None:
+    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader", "_whole")
+
+    def __init__(self, door: LoopDoor, cancel: CancelFlag, *, whole: bool = False) -> None:
         self._door = door
         self._cancel = cancel
+        self._whole = whole
         self._events: deque[StreamEvent] = deque()
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, event: StreamEvent) -> None:
+        if self._whole and isinstance(event, TextDelta):
+            return
         self._events.append(event)
         if self._reader is not None and not self._door.knock(self._wake):
             self._cancel.cancel()  # nobody can ever read it
@@ -203,6 +219,7 @@ class AsyncEventStream:
         self._deadline = deadline
         self._model = model
         self._mailbox: AsyncMailbox | None = None
+        self._whole = False
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
 
@@ -244,6 +261,7 @@ class AsyncEventStream:
 
     async def reply(self) -> Reply:
         """Read the rest and fold the whole stream. Raises as EventStream.reply."""
+        self._whole = self._mailbox is None
         last: StreamEvent | None = None
         async for event in self:
             last = event
@@ -261,7 +279,7 @@ class AsyncEventStream:
         loop = asyncio.get_running_loop()
         if self._deadline is not None:
             self._timer = loop.call_later(max(self._deadline - time.monotonic(), 0.0), self._cancel.expire)
-        mailbox = AsyncMailbox(loop_door(loop), self._cancel)
+        mailbox = AsyncMailbox(loop_door(loop), self._cancel, whole=self._whole)
         await self._start(mailbox)
         self._mailbox = mailbox
         return mailbox

@@ -29,7 +29,7 @@ from llama_worker._prompts import MessageLike, Prompt, core_messages, embed_requ
 from llama_worker._published import Published
 from llama_worker._requests import GenerationRequest
 from llama_worker._service import Service, State
-from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, Mailbox
+from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, LastWord, Mailbox
 from llama_worker._view import ModelView
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ class LlamaWorker:
         Raises RequestError, QueueFull, DeadlineExceeded (`timeout` seconds, waiting included),
         GenerationCancelled (with the partial reply), GenerationError, ModelLoadError, WorkerClosed.
         """
-        with self.stream(prompt, timeout=timeout, **sampling) as stream:
+        with self._open(generation_request(prompt, timeout, sampling), LastWord()) as stream:
             return stream.reply()
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> EventStream:
@@ -213,10 +213,12 @@ class LlamaWorker:
 
         What goes wrong after the request was accepted is the stream's last event, Failed.
         """
-        request = generation_request(prompt, timeout, sampling)
+        return self._open(generation_request(prompt, timeout, sampling), Mailbox())
+
+    def _open(self, request: GenerationRequest, mailbox: Mailbox) -> EventStream:
         cancel, deadline = self._new_flag(request.timeout)
         view = self._view_until(deadline, request.timeout)
-        job, mailbox = view.prepare_generation(request), Mailbox()
+        job = view.prepare_generation(request)
         self._admission.put(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
         return EventStream(mailbox, cancel, deadline, view.info.name)
 
