@@ -249,15 +249,19 @@ def test_another_thread_is_refused(engine: LlamaEngine):
     assert engine.seq_end(0) == 8
 
 
-def test_logits_that_are_no_numbers_are_refused(engine: LlamaEngine):
-    """Sorting NaN is undefined behaviour in C++: it can write outside its memory."""
-    sampler = engine.new_sampler(SamplingParams(), ids())
+@pytest.mark.parametrize(("temperature", "where"), [(0.8, 5), (0.0, 0)])
+def test_logits_that_are_no_numbers_are_refused(engine: LlamaEngine, temperature: float, where: int):
+    """Sorting NaN is undefined behaviour in C++: it can write outside its memory.
+
+    A greedy chain does not sort; it could only choose such a logit, the first one if that is NaN.
+    """
+    sampler = engine.new_sampler(SamplingParams(temperature=temperature), ids())
     logits = engine.logits(7)
     for bad in (np.nan, np.inf):
-        kept, logits[5] = logits[5], bad
+        kept, logits[where] = logits[where], bad
         with pytest.raises(GenerationError, match="finite"):
             engine.sample(7, sampler)
-        logits[5] = kept
+        logits[where] = kept
     assert 0 <= engine.sample(7, sampler) < engine.limits.n_vocab
 
 

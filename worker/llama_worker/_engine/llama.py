@@ -237,10 +237,14 @@ class _Generator:
         return DecodeStatus(code) if code in _KNOWN_CODES else DecodeStatus.COMPUTE_FAILED
 
     def sample(self, row: int, sampler: LlamaSampler) -> int:
-        best = self.logits(row).max()
-        if not -_INFINITY < best < _INFINITY:  # the samplers sort, and NaN has no order
-            raise GenerationError("the model's logits are not finite numbers; its weights may be damaged")
+        logits = self.logits(row)
+        # NaN has no order, and sorting it in C++ is undefined. A greedy chain only compares, so there one
+        # look at what it chose is enough, and the row is not read twice.
+        if sampler.sorts:
+            _require_finite(logits.max())
         token: int = self._lib.short.llama_sampler_sample(sampler.pointer, self._context, row)
+        if not sampler.sorts:
+            _require_finite(logits[token])
         if token in sampler.banned:
             raise GenerationError("no token was left to choose; loosen logit_bias, ignore_eos or dry_multiplier")
         return token
@@ -353,6 +357,11 @@ class _Generator:
         view = np.frombuffer(memoryview(array).cast("B"), dtype=np.float32)
         self._views[address] = view
         return view
+
+
+def _require_finite(logit: np.float32) -> None:
+    if not -_INFINITY < logit < _INFINITY:
+        raise GenerationError("the model's logits are not finite numbers; its weights may be damaged")
 
 
 _KNOWN_CODES: Final = frozenset(int(status) for status in DecodeStatus)

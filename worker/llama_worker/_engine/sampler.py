@@ -42,17 +42,19 @@ class SamplingVocab:
 class LlamaSampler:
     """A chain and its state. Belongs to one generation and to the engine's thread.
 
-    `banned` tokens can only come out when no other token is left. The chain is freed by `close`, or
-    with the last reference.
+    `banned` tokens can only come out when no other token is left. `sorts`: whether the chain orders its
+    candidates; a greedy one only looks for the best. The chain is freed by `close`, or with the last
+    reference.
     """
 
-    __slots__ = ("__weakref__", "_free", "banned", "owner", "pointer")
+    __slots__ = ("__weakref__", "_free", "banned", "owner", "pointer", "sorts")
 
-    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int]) -> None:
+    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int], *, sorts: bool) -> None:
         pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
         self.owner = owner
         self.pointer: Pointer = pointer
         self.banned = banned
+        self.sorts = sorts
         self._free = weakref.finalize(self, lib.api.llama_sampler_free, pointer)
         self._free.atexit = False
 
@@ -81,7 +83,7 @@ class SamplerFactory:
         banned = frozenset(token for token, bias in biases.items() if bias == _NEVER)
         if len(banned) >= vocab.n_tokens:
             raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
-        sampler = LlamaSampler(self, self._lib, banned)
+        sampler = LlamaSampler(self, self._lib, banned, sorts=params.temperature >= _COLDEST)
         self._open.add(sampler)
         for link in _links(api, vocab, self._dry, params, biases):
             api.llama_sampler_chain_add(sampler.pointer, link)
