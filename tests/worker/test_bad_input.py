@@ -154,6 +154,7 @@ def test_a_bad_worker_configuration_names_its_field():
         ("logit_bias", {"a": 1}),
         ("logit_bias", {5: float("nan")}),
         ("logit_bias", {5: 1e30}),
+        ("logit_bias", {5: None}),
         ("logit_bias", {10**9: 1.0}),
         ("temprature", 0.5),
     ],
@@ -170,8 +171,8 @@ def test_banning_every_token_is_refused(chat: LlamaWorker):
         chat.generate(HELLO, logit_bias=bans)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_an_impossible_timeout(chat: LlamaWorker, timeout: float):
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "soon"])
+def test_an_impossible_timeout(chat: LlamaWorker, timeout: Any):
     with pytest.raises(InvalidRequestError, match="timeout"):
         chat.generate(HELLO, timeout=timeout)
 
@@ -260,6 +261,8 @@ def test_texts_that_are_no_texts(embedder: LlamaWorker):
         embedder.embed("one string is not a list")
     with pytest.raises(InvalidRequestError, match="texts"):
         embedder.embed([1, 2])  # type: ignore[list-item]
+    with pytest.raises(InvalidRequestError, match="texts"):
+        embedder.embed(None)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="overlong"):
         embedder.embed(["a"], overlong="drop")  # type: ignore[arg-type]
 
@@ -277,3 +280,12 @@ def test_an_error_never_carries_the_text():
     with pytest.raises(InvalidRequestError) as error:
         SamplingParams(stop=[secret * 50])
     assert "secret" not in str(error.value)
+
+
+def test_a_window_that_dropped_cells_is_not_trimmed_into(tiny_swa: Path):
+    """The second chat shares a beginning that the first one's sliding window has left behind."""
+    config = ModelConfig(model=str(tiny_swa), n_ctx=1024, n_parallel=1, n_threads=1, swa_full=False)
+    with LlamaWorker(config) as worker:
+        worker.generate("the same beginning " + "x" * 400, max_tokens=8, ignore_eos=True)
+        reply = worker.generate("the same beginning, another end", max_tokens=8, ignore_eos=True)
+        assert reply.usage.completion_tokens == 8

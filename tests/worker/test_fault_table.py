@@ -16,6 +16,7 @@ from llama_worker import (
 )
 from llama_worker._engine.base import DecodeStatus
 from llama_worker.testing import FakeEngine, Fault, assert_well_formed, fake_loader, fake_worker
+from tests.worker.waiting import in_thread
 
 CALLS = ["decode", "sample", "logits", "new_sampler", "seq_end", "seq_trim", "seq_clear", "seq_share", "embed", "close"]
 PROMPTS = [[Message(role="user", content="s" * 200 + f" question {i}")] for i in range(6)]
@@ -128,3 +129,12 @@ def run_everything(worker: object) -> list[object]:
         jobs = [pool.submit(outcome, chat, prompt) for prompt in PROMPTS]
         jobs += [pool.submit(outcome, embed, i) for i in range(2)]
         return [job.result(timeout=60) for job in jobs]
+
+
+def test_closing_ends_an_embedding_that_does_not_return_with_worker_closed():
+    engines: list[FakeEngine] = []
+    worker = fake_worker(loader=fake_loader(faults=[Fault("embed", "hang")], seen=engines.append))
+    outcome = in_thread(lambda: worker.embed(["text"]))
+    assert engines[0].hanging.wait(10)
+    worker.close()
+    assert isinstance(outcome(), WorkerClosed)

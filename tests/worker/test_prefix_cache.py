@@ -82,6 +82,20 @@ def test_eviction_cuts_the_tail_of_the_slot_used_longest_ago_and_keeps_shared_he
     books.check()
 
 
+def test_what_only_idle_slots_share_can_be_evicted_too():
+    """Evicting until there is nothing left frees all that `evictable` promised."""
+    books = cache(n_cells=400)
+    system = run_of(0, 300)
+    for agent in (ids(900), ids(800)):
+        fill(books, np.concatenate([system, agent, agent]))
+    busy = fill(books, run_of(600, 20), give_back=False)
+    promised = books.cells.free + books.evictable
+    while books.evict(50) is not None:
+        books.check()
+    assert books.cells.free == promised == 400 - busy.slot.n
+    assert books.evictable == 0
+
+
 def test_nothing_to_evict_is_said_so():
     books = cache()
     fill(books, run_of(0, 50), give_back=False)

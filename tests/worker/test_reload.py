@@ -4,7 +4,16 @@ import asyncio
 
 import pytest
 
-from llama_worker import ConfigError, Finished, Message, ModelConfig, ModelLoadError, WorkerClosed
+from llama_worker import (
+    ConfigError,
+    Finished,
+    GenerationCancelled,
+    InvalidRequestError,
+    Message,
+    ModelConfig,
+    ModelLoadError,
+    WorkerClosed,
+)
 from llama_worker._engine.base import LoadedModel
 from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
 from tests.worker.bench import Bench
@@ -184,3 +193,30 @@ def picky_loader(succeeds=None):
         return loaded
 
     return load
+
+
+def test_a_template_that_does_not_compile_is_a_model_that_cannot_be_loaded():
+    with pytest.raises(ModelLoadError, match="template"):
+        fake_worker(chat_template="{% for %}")
+    with fake_worker("answer") as worker:
+        with pytest.raises(ModelLoadError) as error:
+            worker.reload(chat_template="{% for %}")
+        assert error.value.previous_restored
+        assert worker.generate(CHAT).text == "answer"
+
+
+def test_reload_takes_a_path_and_refuses_what_it_does_not_know():
+    with fake_worker("answer") as worker:
+        worker.reload("fake://other")
+        assert worker.info.name == "other"
+        with pytest.raises(InvalidRequestError, match="when"):
+            worker.reload(n_ctx=512, when="later")  # type: ignore[arg-type]
+
+
+def test_now_cancels_embeddings_that_have_begun():
+    bench = Bench().load()
+    answer, _ = bench.embed(*[f"text {i}" * 20 for i in range(40)])
+    bench.step(2)
+    bench.reload(when="now")
+    bench.settle(answer)
+    assert isinstance(answer.exception(0), GenerationCancelled)

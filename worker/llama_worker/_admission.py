@@ -38,15 +38,14 @@ class Admission:
         """Blocks until `request` is accepted. Raises QueueFull, WorkerClosed, DeadlineExceeded, GenerationCancelled."""
         woken = threading.Event()
         ticket = self._offer(request, woken.set)
-        if not ticket.is_settled:
-            request.cancel.arm(woken.set)
-            try:
+        try:
+            if not ticket.is_settled:
                 woken.wait(_seconds_left(request))
-            except BaseException:
-                request.cancel.cancel()
-                raise
-            finally:
-                self._leave(ticket)
+        except BaseException:
+            request.cancel.cancel()
+            raise
+        finally:
+            self._leave(ticket)
         self._conclude(ticket)
 
     async def aput(self, request: Request) -> None:
@@ -55,19 +54,20 @@ class Admission:
         door = loop_door(asyncio.get_running_loop())
         wake = partial(door.knock, lambda: None if woken.done() else woken.set_result(None))
         ticket = self._offer(request, wake)
-        if not ticket.is_settled:
-            request.cancel.arm(wake)
-            try:
+        try:
+            if not ticket.is_settled:
                 await asyncio.wait([woken], timeout=_seconds_left(request))
-            except BaseException:
-                request.cancel.cancel()
-                raise
-            finally:
-                self._leave(ticket)
+        except BaseException:
+            request.cancel.cancel()
+            raise
+        finally:
+            self._leave(ticket)
         self._conclude(ticket)
 
     def _offer(self, request: Request, wake: Callable[[], object]) -> Ticket:
         ticket = Ticket(request, wake)
+        # Before the offer: once it is accepted the flag is the worker's to arm.
+        request.cancel.arm(wake)
         if self._on_full == "wait":
             self._channel.offer(ticket)
         else:
@@ -77,7 +77,7 @@ class Admission:
         return ticket
 
     def _leave(self, ticket: Ticket) -> None:
-        ticket.request.cancel.disarm()
+        ticket.request.cancel.disarm(ticket.wake)
         self._channel.withdraw(ticket)
 
     def _conclude(self, ticket: Ticket) -> None:

@@ -46,8 +46,10 @@ class CancelFlag:
         if self.cancelled or self.expired:
             wake()
 
-    def disarm(self) -> None:
-        self._wake = None
+    def disarm(self, wake: Callable[[], object] | None = None) -> None:
+        """Call nothing any more. With `wake`, only if that is what is armed: another side may have taken over."""
+        if wake is None or self._wake is wake:
+            self._wake = None
 
     def _call(self) -> None:
         wake = self._wake

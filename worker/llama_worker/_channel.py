@@ -42,7 +42,7 @@ class CommandChannel:
         self._controls: deque[Control] = deque()
         self._requests: deque[Request] = deque()
         self._tickets: deque[Ticket] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # re-entrant: a finalizer may say Shutdown anywhere
         self._nudged = False
         self._closed = False
 

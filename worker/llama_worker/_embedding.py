@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_worker._engine.base import Aborted
 from llama_worker._errors import LlamaWorkerError
 from llama_worker._service import Loaded
 
@@ -18,10 +19,10 @@ def embed(loaded: Loaded) -> None:
         command.cancel.arm(flag.raise_)
     try:
         vectors = loaded.engine.embed([text.tokens for text in batch])
+    except Aborted:
+        pass  # tried again at the next step, without those that were cancelled
     except LlamaWorkerError as exc:
-        # A batch that was aborted for one of its requests is simply tried again without it.
-        if not any(command.cancel.is_set for command in commands):
-            loaded.embeds.fail(batch, exc)
+        loaded.embeds.fail(batch, exc)
     else:
         loaded.embeds.commit(batch, vectors)
     finally:

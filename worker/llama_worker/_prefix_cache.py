@@ -204,16 +204,18 @@ class PrefixCache:
     def evict(self, n_cells: int) -> KVOp | None:
         """Free up to `n_cells` from the tail of the idle slot that was used longest ago.
 
-        Heads are what others may start from, so they go last. None when no idle slot has cells to give.
+        Heads are what others may start from, so they go last; and last of all, whole, those that only idle
+        slots share, which frees nothing until their last holder goes: ask again. None when `evictable` is 0.
         """
-        own = {slot.seq: self._own_cells(slot) for slot in self.slots if not slot.busy and slot.n}
-        idle = [slot for slot in self.slots if own.get(slot.seq)]
+        busy = self._held_by_busy()
+        idle = [slot for slot in self.slots if not slot.busy and slot.n and not busy[slot.cells].all()]
         if not idle:
             return None
-        victim = min(idle, key=lambda slot: slot.last_used)
-        length = victim.n - min(n_cells, own[victim.seq]) if self._can_trim else 0
-        self.truncate(victim, length)
-        return Trim(victim.seq, length) if length else Clear(victim.seq)
+        own = {slot.seq: self._own_cells(slot) for slot in idle}
+        victim = min(idle, key=lambda slot: (own[slot.seq] == 0, slot.last_used))
+        spared = victim.n - min(n_cells, own[victim.seq]) if self._can_trim and own[victim.seq] else 0
+        self.truncate(victim, spared)
+        return Trim(victim.seq, spared) if spared else Clear(victim.seq)
 
     def forget(self, slot: Slot) -> KVOp:
         """The slot's contents are lost or wrong; it stays lent if it is."""
@@ -229,6 +231,13 @@ class PrefixCache:
             counted[slot.cells] += 1
         assert np.array_equal(counted, self.cells.holders()), "holders differ from what the slots hold"
         assert self.cells.free == int(np.count_nonzero(counted == 0)), "free cells differ"
+
+    def _held_by_busy(self) -> NDArray[np.bool_]:
+        held = np.zeros(self.cells.n, np.bool_)
+        for slot in self.slots:
+            if slot.busy:
+                held[slot.cells] = True
+        return held
 
     def _own_cells(self, slot: Slot) -> int:
         """Cells that nobody else holds. Sharing is by prefix, so they are the slot's tail."""

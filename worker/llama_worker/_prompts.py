@@ -39,16 +39,14 @@ def generation_request(prompt: Prompt, timeout: float | None, sampling: Mapping[
             )
         return prompt
     params = SamplingParams(**sampling)
-    seconds = None if timeout is None else float(timeout)
     if isinstance(prompt, str):
-        return GenerationRequest(prompt=prompt, params=params, timeout=seconds)
-    return GenerationRequest(messages=core_messages(prompt), params=params, timeout=seconds)
+        return GenerationRequest(prompt=prompt, params=params, timeout=timeout)
+    return GenerationRequest(messages=core_messages(prompt), params=params, timeout=timeout)
 
 
 def embed_request(
     texts: Sequence[str], normalize: bool, overlong: Literal["error", "truncate"], timeout: float | None
 ) -> EmbedRequest:
-    if isinstance(texts, str):
-        raise InvalidRequestError("texts", texts, "give a list of texts, not one str")
-    seconds = None if timeout is None else float(timeout)
-    return EmbedRequest(texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=seconds)
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise InvalidRequestError("texts", type(texts).__name__, "give a list of texts")
+    return EmbedRequest(texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=timeout)

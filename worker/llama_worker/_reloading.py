@@ -14,7 +14,7 @@ from llama_worker._config import ModelConfig
 from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._embeddings import EmbedQueue
-from llama_worker._errors import ModelLoadError
+from llama_worker._errors import ModelLoadError, TemplateError
 from llama_worker._pace import Pace
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Loaded, Service
@@ -26,8 +26,12 @@ logger = logging.getLogger("llama_worker")
 def load(service: Service, config: ModelConfig) -> None:
     """Load `config` into an empty service and publish it. Raises ModelLoadError."""
     model = service.loader(config)
+    try:
+        view = ModelView.of(model, config, service.epoch + 1)
+    except TemplateError as exc:
+        model.engine.close()
+        raise ModelLoadError(str(exc)) from None
     service.epoch += 1
-    view = ModelView.of(model, config, service.epoch)
     limits = model.engine.limits
     service.loaded = Loaded(model.engine, view, Scheduler(limits, Pace(service.step_budget_ms)), EmbedQueue(limits))
     service.abort = model.engine.abort_flag.raise_
@@ -59,6 +63,9 @@ def _cancel_running(loaded: Loaded) -> None:
     for generation in [g for g in [*loaded.scheduler.running, *loaded.scheduler.waiting] if g.has_begun]:
         generation.finish("cancelled")
         loaded.retire(generation)
+    for command in loaded.embeds.begun():
+        command.answer_cancelled()
+        loaded.embeds.remove(command)
 
 
 def _swap(service: Service, config: ModelConfig) -> Exception | None:

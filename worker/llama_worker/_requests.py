@@ -81,7 +81,10 @@ class SamplingParams(Settings):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return tuple(sorted((int(token), float(bias)) for token, bias in value.items()))
+            try:
+                return tuple(sorted((int(token), float(bias)) for token, bias in value.items()))
+            except TypeError as exc:
+                raise ValueError("token ids must be integers and biases numbers") from exc
         return value
 
     @field_validator("logit_bias")

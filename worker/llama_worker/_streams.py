@@ -63,7 +63,10 @@ class EventStream:
     that is cancelled while somebody reads it ends with Finished("cancelled").
     """
 
-    def __init__(self, mailbox: Mailbox, cancel: CancelFlag, deadline: float | None, model: str) -> None:
+    def __init__(
+        self, mailbox: Mailbox, cancel: CancelFlag, deadline: float | None, model: str, owner: object = None
+    ) -> None:
+        self._owner = owner  # a worker that nobody else holds lives as long as its streams
         self._mailbox = mailbox
         self._cancel = cancel
         self._deadline = deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ from llama_worker._channel import CommandChannel
 from llama_worker._commands import Embed, Generate, Reload, Shutdown
 from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
-from llama_worker._errors import DeadlineExceeded, WorkerClosed
+from llama_worker._errors import DeadlineExceeded, InvalidRequestError, WorkerClosed
 from llama_worker._events import Reply
 from llama_worker._jobs import EmbedJob
 from llama_worker._loop import run
@@ -103,6 +104,8 @@ class LlamaWorker:
         self._admission = Admission(self._channel, worker_config.on_full, self._published.why_closed)
         self._preparer = Preparer()
         self._flags: weakref.WeakSet[CancelFlag] = weakref.WeakSet()
+        self._flags_lock = threading.Lock()
+        self._pid = os.getpid()
         self._service = Service(
             channel=self._channel,
             loader=loader,
@@ -220,7 +223,7 @@ class LlamaWorker:
         view = self._view_until(deadline, request.timeout)
         job = view.prepare_generation(request)
         self._admission.put(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
-        return EventStream(mailbox, cancel, deadline, view.info.name)
+        return EventStream(mailbox, cancel, deadline, view.info.name, owner=self)
 
     async def agenerate(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> Reply:
         """The async twin of `generate`. Never blocks the event loop, also not while the model loads."""
@@ -298,7 +301,7 @@ class LlamaWorker:
 
     def reload(
         self,
-        config: ModelConfig | None = None,
+        config: ModelConfig | str | None = None,
         *,
         when: Literal["drain", "now"] = "drain",
         timeout: float | None = None,
@@ -316,7 +319,7 @@ class LlamaWorker:
 
     async def areload(
         self,
-        config: ModelConfig | None = None,
+        config: ModelConfig | str | None = None,
         *,
         when: Literal["drain", "now"] = "drain",
         timeout: float | None = None,
@@ -329,7 +332,9 @@ class LlamaWorker:
 
     def cancel_all(self) -> None:
         """Cancel every request that is queued or running now. Never blocks."""
-        for flag in list(self._flags):
+        with self._flags_lock:
+            flags = list(self._flags)
+        for flag in flags:
             flag.cancel()
 
     def close(self) -> None:
@@ -346,8 +351,11 @@ class LlamaWorker:
     # -- inside -------------------------------------------------------------------------------------
 
     def _new_flag(self, timeout: float | None) -> tuple[CancelFlag, float | None]:
+        if os.getpid() != self._pid:
+            raise WorkerClosed("this worker was inherited through fork(), without its thread; open a new one")
         flag, deadline = new_flag(timeout)
-        self._flags.add(flag)
+        with self._flags_lock:
+            self._flags.add(flag)
         return flag, deadline
 
     def _view(self) -> ModelView:
@@ -363,19 +371,24 @@ class LlamaWorker:
 
     async def _prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
         task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         try:
-            return await asyncio.wrap_future(task)
+            return await asyncio.wait_for(asyncio.wrap_future(task), left)
+        except TimeoutError:
+            raise DeadlineExceeded(timeout) from None
         except WorkerClosed:
             raise self._published.why_closed() from None
 
     def _reload(
         self,
-        config: ModelConfig | None,
+        config: ModelConfig | str | None,
         when: Literal["drain", "now"],
         timeout: float | None,
         changes: Mapping[str, Any],
     ) -> Reload:
-        wanted = _changed(config or self.config, changes)
+        if when not in ("drain", "now"):
+            raise InvalidRequestError("when", when, "it is 'drain' or 'now'")
+        wanted = _changed(self.config if config is None else _model_config(config), changes)
         if self._service.loader is _load_llama:
             _check_model(wanted, self._published.current)
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -24,6 +24,7 @@ import numpy as np
 
 from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._engine.base import (
+    Aborted,
     DecodeStatus,
     EngineLimits,
     Floats,
@@ -34,7 +35,7 @@ from llama_worker._engine.base import (
     Span,
     TokenIds,
 )
-from llama_worker._errors import GenerationError, InvalidRequestError
+from llama_worker._errors import InvalidRequestError
 from llama_worker._events import assert_well_formed
 from llama_worker._requests import SamplingParams
 from llama_worker._worker import LlamaWorker
@@ -276,7 +277,7 @@ class FakeEngine:
         self.gate._pass(self.abort_flag)
         self._called("embed")
         if self.abort_flag.raised.is_set():
-            raise GenerationError("the embedding was aborted")
+            raise Aborted("the embedding was aborted")
         return np.stack([_random(text.tobytes(), self.limits.n_embd) for text in texts])
 
     def close(self) -> None:

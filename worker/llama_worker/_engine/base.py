@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_worker._config import ModelConfig
+from llama_worker._errors import GenerationError
 from llama_worker._requests import SamplingParams
 
 TokenIds: TypeAlias = NDArray[np.int32]
@@ -100,6 +101,10 @@ class EngineLimits:
     n_embed_seq: int
 
 
+class Aborted(GenerationError):
+    """The abort flag ended this call; nothing is wrong with what it was given."""
+
+
 class AbortFlag(Protocol):
     """The switch that ends a running decode. `raise_` may be called from any thread and never blocks."""
 
@@ -172,7 +177,7 @@ class Engine(Protocol):
         """Pooled embeddings of `texts`, float32 of shape (len(texts), n_embd), not normalised. Blocks.
 
         Raises ValueError for more than n_embed_seq texts or n_embed_tokens tokens together, or an
-        empty text; GenerationError when the engine fails or is aborted; UnsupportedFeatureError for a
+        empty text; Aborted; GenerationError when the engine fails; UnsupportedFeatureError for a
         model without text embeddings; ModelLoadError when its context, made at first use, does not fit.
         """
         ...

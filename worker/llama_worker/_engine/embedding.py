@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from llama_worker._config import ModelConfig, Pooling
-from llama_worker._engine.base import DecodeStatus, Floats, ModelInfo, TokenIds
+from llama_worker._engine.base import Aborted, DecodeStatus, Floats, ModelInfo, TokenIds
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.library import Library, Pointer
@@ -42,7 +42,8 @@ class Embedder:
         status = self._run()
         release_log(expected=status >= 0)
         if status != DecodeStatus.OK:
-            raise GenerationError(f"embedding {len(texts)} texts ended with {_status_name(status)}")
+            kind = Aborted if status == DecodeStatus.ABORTED else GenerationError
+            raise kind(f"embedding {len(texts)} texts ended with {_status_name(status)}")
         vectors = np.stack([self._vector(seq) for seq in range(len(texts))])
         if not np.isfinite(vectors).all():
             raise GenerationError("the model's embedding is not a number; its weights may be damaged")

@@ -218,7 +218,8 @@ class _Generator:
         self._views: dict[int, Floats] = {}
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         self.can_trim = False  # until the memory has shown that it can
-        self.can_trim = self._probe_trim() and not stateful
+        # A sliding window that drops cells cannot go back to where they are needed.
+        self.can_trim = self._probe_trim() and not stateful and not self._window
         self.can_share = not stateful and not self._window
         lib.short.llama_memory_clear(self._memory, True)
 
