@@ -172,7 +172,7 @@ class LlamaEngine:
             n_seq=generator.n_seq if generator else 0,
             n_vocab=self._n_vocab,
             n_embd=self._lib.api.llama_model_n_embd_out(self._model),
-            can_trim=generator.can_trim if generator else False,
+            can_trim=generator.can_trim_anywhere if generator else False,
             can_share=generator.can_share if generator else False,
             generates=generator is not None,
             embeds=can_embed(self._config, self._info),
@@ -218,8 +218,9 @@ class _Generator:
         self._views: dict[int, Floats] = {}
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         self.can_trim = False  # until the memory has shown that it can
-        # A sliding window that drops cells cannot go back to where they are needed.
-        self.can_trim = self._probe_trim() and not stateful and not self._window
+        self.can_trim = self._probe_trim() and not stateful
+        # A window that drops cells can go back a little, but nobody can count on it.
+        self.can_trim_anywhere = self.can_trim and not self._window
         self.can_share = not stateful and not self._window
         lib.short.llama_memory_clear(self._memory, True)
 
