@@ -6,7 +6,15 @@ from functools import partial
 
 import pytest
 
-from llama_worker import DeadlineExceeded, GenerationCancelled, QueueFull, WorkerClosed, WorkerConfig, cancel_scope
+from llama_worker import (
+    DeadlineExceeded,
+    GenerationCancelled,
+    QueueFull,
+    Reply,
+    WorkerClosed,
+    WorkerConfig,
+    cancel_scope,
+)
 from llama_worker._channel import CommandChannel, Ticket
 from llama_worker._commands import Shutdown
 from llama_worker.testing import Gate, assert_well_formed, fake_loader, fake_worker
@@ -91,7 +99,7 @@ def test_callers_that_wait_are_woken_when_the_worker_closes():
     wait_until(lambda: worker.status().callers_waiting == 3)
     gate.open()
     worker.close()
-    assert all(isinstance(outcome(), WorkerClosed) or outcome() is not None for outcome in outcomes)
+    assert all(isinstance(outcome(), WorkerClosed | Reply) for outcome in outcomes)
     with pytest.raises(WorkerClosed):
         worker.generate("afterwards")
 

@@ -68,12 +68,10 @@ class Admission:
         ticket = Ticket(request, wake)
         # Before the offer: once it is accepted the flag is the worker's to arm.
         request.cancel.arm(wake)
-        if self._on_full == "wait":
-            self._channel.offer(ticket)
-        else:
-            self._channel.offer_nowait(ticket)
-            if not ticket.is_settled:
-                raise QueueFull(self._channel.capacity)
+        wait = self._on_full == "wait"
+        self._channel.offer(ticket, wait=wait)
+        if not (wait or ticket.is_settled):
+            raise QueueFull(self._channel.capacity)
         return ticket
 
     def _leave(self, ticket: Ticket) -> None:

@@ -59,26 +59,18 @@ class CommandChannel:
         """Callers that wait for room."""
         return len(self._tickets)
 
-    def offer(self, ticket: Ticket) -> None:
-        """Accept the ticket's request, or keep the ticket until there is room. Never blocks.
+    def offer(self, ticket: Ticket, *, wait: bool = True) -> None:
+        """Accept the ticket's request if there is room; else, with `wait`, keep the ticket until there is.
 
-        A closed channel marks it `closed`. In both settled cases `wake` is not called.
+        Never blocks. A closed channel marks the ticket `closed`. `wake` is not called for what is settled here.
         """
         with self._changed:
             if self._closed:
                 ticket.closed = True
             elif len(self._requests) < self.capacity and not self._tickets:
                 self._accept(ticket)
-            else:
+            elif wait:
                 self._tickets.append(ticket)
-
-    def offer_nowait(self, ticket: Ticket) -> None:
-        """Accept the ticket's request if there is room now; otherwise leave it neither accepted nor closed."""
-        with self._changed:
-            if self._closed:
-                ticket.closed = True
-            elif len(self._requests) < self.capacity and not self._tickets:
-                self._accept(ticket)
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give up the place, unless the ticket is settled already: look at it afterwards."""
