@@ -267,6 +267,8 @@ TOKEN_COST = Line(
         _at_most("µs after a 16-word prompt", (OURS, "short_us"), 30.0),
         _at_most("µs after a 3,000-word prompt", (OURS, "long_us"), 30.0),
         _ratio("long against short", (OURS, "long_us"), (OURS, "short_us"), 1.2, at_most=True),
+        _report("µs after a 16-word prompt, generate()", (OURS, "short_whole_us")),
+        _report("µs after a 3,000-word prompt, generate()", (OURS, "long_whole_us")),
         _report("µs of CPU after a 16-word prompt", (OURS, "short_cpu_us")),
         _report("µs of CPU after a 3,000-word prompt", (OURS, "long_cpu_us")),
     ),

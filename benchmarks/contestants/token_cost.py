@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import llama_cpp.llama_cpp as bindings
 
@@ -20,24 +20,36 @@ from benchmarks.drive import Figures
 ROWS, N_TOKENS, N_CTX = 8, 129, 8192
 SHORT_WORDS, LONG_WORDS = 16, 3000
 
+Clock: TypeAlias = Callable[[], float]
+
 
 class Stopwatch:
     """Times what lies between the calls of a decode loop, by `clock`; the sampler's time is taken off."""
 
-    def __init__(self, rows: int, clock: Callable[[], float]) -> None:
+    def __init__(self, rows: int, clock: Clock) -> None:
         self._rows = rows
         self._clock = clock
         self._sampling = 0.0
         self._left: float | None = None
         self._steps: list[float] = []
 
-    def enter_decode(self, rows: int) -> None:
+    def _enter(self, rows: int) -> None:
         if self._left is not None and rows == self._rows:
             self._steps.append(self._clock() - self._left - self._sampling)
 
-    def leave_decode(self, rows: int) -> None:
+    def _leave(self, rows: int) -> None:
         self._sampling = 0.0
         self._left = self._clock() if rows == self._rows else None
+
+    def decode(self, call: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
+        def timed(context: Any, batch: Any) -> int:
+            rows = batch.n_tokens
+            self._enter(rows)
+            status = call(context, batch)
+            self._leave(rows)
+            return status
+
+        return timed
 
     def sample(self, call: Callable[..., int]) -> Callable[..., int]:
         def timed(*arguments: Any) -> int:
@@ -55,43 +67,43 @@ class Stopwatch:
         return cost
 
 
-class Stopwatches:
-    """Wall time and the thread's own CPU time, side by side. They differ by waiting: for the GIL or a core."""
-
-    def __init__(self, rows: int) -> None:
-        self._wall, self._cpu = Stopwatch(rows, time.perf_counter), Stopwatch(rows, time.thread_time)
-
-    def decode(self, call: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
-        def timed(context: Any, batch: Any) -> int:
-            rows = batch.n_tokens
-            self._wall.enter_decode(rows)
-            self._cpu.enter_decode(rows)
-            status = call(context, batch)
-            self._cpu.leave_decode(rows)
-            self._wall.leave_decode(rows)
-            return status
-
-        return timed
-
-    def sample(self, call: Callable[..., int]) -> Callable[..., int]:
-        return self._wall.sample(self._cpu.sample(call))
-
-    def costs(self, name: str) -> Figures:
-        wall, cpu = self._wall.microseconds_per_token(), self._cpu.microseconds_per_token()
-        return {f"{name}_us": wall, f"{name}_cpu_us": cpu}
-
-
 def ours(model: str, threads: str) -> Figures:
     from benchmarks.contestants.ours import Worker
     from llama_worker import LlamaWorker, ModelConfig
     from llama_worker._engine.library import library
+    from llama_worker._engine.rows import RowScan
 
-    watch, lib = Stopwatches(ROWS), library()
-    bindings.llama_decode = watch.decode(bindings.llama_decode)
-    lib.short.llama_sampler_sample = watch.sample(lib.short.llama_sampler_sample)
+    lib = library()
+    originals = bindings.llama_decode, lib.short.llama_sampler_sample, RowScan.greatest
+
+    def watch(clock: Clock) -> Stopwatch:
+        stopwatch = Stopwatch(ROWS, clock)
+        decode, sample, greatest = originals
+        bindings.llama_decode = stopwatch.decode(decode)
+        lib.short.llama_sampler_sample = stopwatch.sample(sample)
+        RowScan.greatest = stopwatch.sample(greatest)
+        return stopwatch
+
     with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), n_ctx=N_CTX, n_parallel=ROWS)) as worker:
-        complete = Worker(worker).complete
-        return _figures(lambda words: _eight(complete, words), watch)
+        client = Worker(worker)
+        return {
+            f"{length}{name}_us": _cost(watch(clock), complete, words)
+            for length, words in (("short", SHORT_WORDS), ("long", LONG_WORDS))
+            for name, clock, complete in (
+                ("", time.perf_counter, client.complete),
+                ("_whole", time.perf_counter, client.whole),
+                ("_cpu", time.thread_time, client.complete),
+            )
+        }
+
+
+def _cost(watch: Stopwatch, complete: drive.Complete, words: int) -> float:
+    """Eight streams that share a prompt but for its end, so that a long one is decoded once."""
+    prompt = workload.story(words, seed=1)
+    drive.listen(complete(prompt, 1), 1)
+    prompts = [f"{prompt} {workload.story(8, seed=10 + row)}" for row in range(ROWS)]
+    drive.in_threads([lambda text=text: drive.listen(complete(text, N_TOKENS), N_TOKENS) for text in prompts])
+    return watch.microseconds_per_token()
 
 
 def llama(model: str, threads: str) -> Figures:
@@ -99,32 +111,16 @@ def llama(model: str, threads: str) -> Figures:
     from llama_cpp import Llama
 
     bindings.llama_vocab_is_eog = lambda vocab, token: False
-    watch = Stopwatches(1)
+    watch = Stopwatch(1, time.perf_counter)
     bindings.llama_decode = watch.decode(bindings.llama_decode)
     bindings.llama_sampler_sample = watch.sample(bindings.llama_sampler_sample)
     client = Llama(model, n_ctx=N_CTX, n_threads=int(threads), verbose=False)
-
-    def run(words: int) -> None:
-        for _ in client(workload.story(words, seed=1), max_tokens=N_TOKENS, temperature=0.0, stream=True):
-            pass
-
-    return _figures(run, watch)
-
-
-def _figures(run: Callable[[int], None], watch: Stopwatches) -> Figures:
     figures: Figures = {}
     for name, words in (("short", SHORT_WORDS), ("long", LONG_WORDS)):
-        run(words)
-        figures |= watch.costs(name)
+        for _ in client(workload.story(words, seed=1), max_tokens=N_TOKENS, temperature=0.0, stream=True):
+            pass
+        figures[f"{name}_us"] = watch.microseconds_per_token()
     return figures
-
-
-def _eight(complete: drive.Complete, words: int) -> None:
-    """Eight streams that share a prompt but for its end, so that a long one is decoded once."""
-    prompt = workload.story(words, seed=1)
-    drive.listen(complete(prompt, 1), 1)
-    prompts = [f"{prompt} {workload.story(8, seed=10 + row)}" for row in range(ROWS)]
-    drive.in_threads([lambda text=text: drive.listen(complete(text, N_TOKENS), N_TOKENS) for text in prompts])
 
 
 if __name__ == "__main__":

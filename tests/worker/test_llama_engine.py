@@ -25,7 +25,7 @@ from llama_worker import (
 from llama_worker._engine import library as native
 from llama_worker._engine.base import DecodeStatus, Floats, LoadedModel, Span, TokenIds
 from llama_worker._engine.llama import LlamaEngine, load
-from llama_worker._engine.log import collected_log, error_lines, forward_log, hold_log, release_log
+from llama_worker._engine.log import collected_log, error_lines, forward_log, thread_log
 from llama_worker._engine.threads import usable_cores
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from tests import synth
@@ -567,9 +567,9 @@ def test_native_lines_reach_logging_whole(caplog: pytest.LogCaptureFixture):
 def test_an_expected_outcome_is_logged_for_debugging_only(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.DEBUG, "llama_worker.llama_cpp"):
         for expected in (True, False):
-            hold_log()
+            thread_log().hold()
             forward_log(4, b"failed to decode\n", None)
-            release_log(expected=expected)
+            thread_log().release(expected=expected)
     assert [r.levelname for r in caplog.records] == ["DEBUG", "ERROR"]
 
 
@@ -609,8 +609,8 @@ def test_python_takes_little_time_for_each_token(tiny_llama: Path):
         spans = [Span(seq, 0, ids(300), True) for seq in range(8)]
         generator._checked(spans)
         generator._batch.fill(spans)
-        hold_log()
-        release_log(expected=True)
+        thread_log().hold()
+        thread_log().release(expected=True)
     per_token = (time.perf_counter() - started) / steps / 8 * 1e6
     print(f"python per token and step: {per_token:.1f} us")
     assert per_token < 30

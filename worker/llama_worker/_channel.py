@@ -55,6 +55,10 @@ class CommandChannel:
         return len(self._requests)
 
     @property
+    def has_controls(self) -> bool:
+        return bool(self._controls)
+
+    @property
     def waiting(self) -> int:
         """Callers that wait for room."""
         return len(self._tickets)
@@ -106,10 +110,9 @@ class CommandChannel:
             yield self._controls[0]
             self._controls.popleft()
 
-    def peek(self) -> Request | None:
-        """The request to serve next, still in the channel."""
-        with self._changed:
-            return self._requests[0] if self._requests else None
+    def peek(self) -> Request:
+        """The request to serve next, still in the channel. Only the worker takes requests out, so `queued` holds."""
+        return self._requests[0]
 
     def drop(self, request: Request) -> None:
         """`request` is in another container now, or answered. The first ticket moves up."""

@@ -16,7 +16,7 @@ from typing import assert_never
 
 from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError
-from llama_worker._events import FinishReason
+from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
 from llama_worker._logprobs import logprob_of
 from llama_worker._prefix_cache import Clear, KVOp, Share, Trim
@@ -29,10 +29,11 @@ logger = logging.getLogger("llama_worker")
 def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> None:
     """One decode for everyone who runs, and what is sampled from it."""
     scheduler = loaded.scheduler
-    for generation, ops in scheduler.admit(newcomers=newcomers):
+    for generation, ops in scheduler.admit(newcomers=newcomers) if scheduler.waiting else ():
         apply(loaded.engine, ops)
         _start(loaded, generation)
-    apply(loaded.engine, scheduler.make_room())
+    if scheduler.is_short_of_cells:
+        apply(loaded.engine, scheduler.make_room())
     batch = scheduler.plan()
     if batch is None:
         _fail_stuck(loaded)
@@ -106,20 +107,20 @@ def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatu
     abort = flag.raise_ if engine.limits.can_trim else partial(_raise_if_all_cancelled, flag, parts)
     flag.clear()
     for generation in parts:
-        generation.command.cancel.arm(abort)
+        generation.cancel.arm(abort)
     started = service.clock()
     try:
         status = engine.decode(batch.spans)
     finally:
         for generation in parts:
-            generation.command.cancel.disarm()
+            generation.cancel.disarm()
     if status is DecodeStatus.OK:
         loaded.scheduler.observe(batch.n_rows, (service.clock() - started) * 1000)
     return status
 
 
 def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> None:
-    if all(generation.command.cancel.is_set for generation in parts):
+    if all(generation.cancel.is_set for generation in parts):
         flag.raise_()
 
 
@@ -164,30 +165,42 @@ def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:
 
 
 def _sample(loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:
-    for row, generation in outputs:
-        if generation.command.cancel.is_set:
-            continue  # answered at the next step
-        try:
-            _next_token(loaded, row, generation)
-        except LlamaWorkerError as exc:
-            generation.fail(exc)
-            loaded.retire(generation)
+    """Choose every row's token, then say them all: a chain reads so much that it leaves cold caches behind."""
+    for generation, token, logprob in [chosen for row, g in outputs if (chosen := _choose(loaded, row, g))]:
+        _say(loaded, generation, token, logprob)
 
 
-def _next_token(loaded: Loaded, row: int, generation: Generation) -> None:
-    engine, vocabulary, command = loaded.engine, loaded.view.vocabulary, generation.command
+def _choose(loaded: Loaded, row: int, generation: Generation) -> tuple[Generation, int, TokenLogprob | None] | None:
+    """The token that follows row `row`; None for who is cancelled (answered at the next step) or failed."""
+    if generation.cancel.is_set:
+        return None
+    try:
+        return _next_token(loaded, row, generation)
+    except LlamaWorkerError as exc:
+        generation.fail(exc)
+        loaded.retire(generation)
+        return None
+
+
+def _next_token(loaded: Loaded, row: int, generation: Generation) -> tuple[Generation, int, TokenLogprob | None]:
+    engine = loaded.engine
     assert generation.sampler is not None
-    wanted = command.job.request.params.logprobs
-    logits = None if wanted is None else engine.logits(row).copy()  # samplers work in place
+    wanted = generation.command.job.request.params.logprobs
+    if wanted is None:
+        return generation, engine.sample(row, generation.sampler), None
+    logits = engine.logits(row).copy()  # samplers work in place
     token = engine.sample(row, generation.sampler)
-    if token in vocabulary.end_tokens:
+    return generation, token, logprob_of(logits, token, wanted, loaded.view.vocabulary.pieces)
+
+
+def _say(loaded: Loaded, generation: Generation, token: int, logprob: TokenLogprob | None) -> None:
+    if token in loaded.view.vocabulary.end_tokens:
         _finish(loaded, generation, "stop")
         return
-    logprob = None if logits is None or wanted is None else logprob_of(logits, token, wanted, vocabulary.pieces)
     generation.tokens.append(token)
     delta = generation.reply.feed(token, logprob)
     if delta is not None:
-        command.sink.put(delta)
+        generation.command.sink.put(delta)
     reason = generation.end_reason()
     if reason is not None:
         _finish(loaded, generation, reason)

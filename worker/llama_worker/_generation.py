@@ -20,6 +20,7 @@ class Generation:
 
     __slots__ = (
         "cached",
+        "cancel",
         "command",
         "n_prompt",
         "order",
@@ -34,6 +35,7 @@ class Generation:
     def __init__(self, command: Generate, vocabulary: Vocabulary, order: int) -> None:
         job = command.job
         self.command = command
+        self.cancel = command.cancel
         self.order = order
         self.tokens = TokenBuffer(job.prompt)
         self.n_prompt = len(job.prompt)
@@ -64,7 +66,8 @@ class Generation:
 
     @property
     def is_decoding(self) -> bool:
-        return self.tokens.n > self.n_prompt and self.n_left == 1
+        slot, n = self.slot, self.tokens.n
+        return slot is not None and n > self.n_prompt and slot.tokens.n == n - 1
 
     @property
     def has_begun(self) -> bool:
@@ -73,7 +76,7 @@ class Generation:
 
     @property
     def is_cancelled(self) -> bool:
-        return self.command.cancel.cancelled
+        return self.cancel.cancelled
 
     @property
     def sampled(self) -> TokenIds:
@@ -95,7 +98,7 @@ class Generation:
         """Why it is over after the token that was accepted last, or None."""
         if self.reply.stopped:
             return "stop"
-        return "length" if self.n_sampled >= self.command.job.max_tokens else None
+        return "length" if self.tokens.n - self.n_prompt >= self.command.job.max_tokens else None
 
     def flush(self) -> str:
         """Show what was held back; the whole text."""

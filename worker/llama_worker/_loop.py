@@ -48,7 +48,7 @@ def run(service: Service) -> None:
 
 def step(service: Service) -> bool:
     """One round: commands, cancellations, one decode, one batch of embeddings. False after Shutdown."""
-    if not _obey(service):
+    if service.channel.has_controls and not _obey(service):
         return False
     _answer_ended(service)
     if service.reloading is not None:
@@ -60,7 +60,8 @@ def step(service: Service) -> bool:
         service.channel.wait(_IDLE_LOOK)
         return True
     generate(service, loaded)
-    embed(loaded)
+    if loaded.embeds:
+        embed(loaded)
     service.n_steps += 1
     return True
 
@@ -82,10 +83,11 @@ def _obey(service: Service) -> bool:
 
 def _take_requests(service: Service) -> None:
     """Move requests to where they are served, as many as there is room for; the renewed ones first."""
-    _collect_renewed(service)
+    if service.preparing:
+        _collect_renewed(service)
     while service.renewed and _place(service, service.renewed[0]):
         service.renewed.pop(0)
-    while not service.renewed and (request := service.channel.peek()) is not None and _place(service, request):
+    while not service.renewed and service.channel.queued and _place(service, request := service.channel.peek()):
         service.channel.drop(request)
 
 
@@ -128,8 +130,7 @@ def _answer_ended(service: Service) -> None:
     if loaded is None:
         return
     for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
-        command = generation.command
-        if command.cancel.is_set or (command.deadline is not None and service.is_past(command.deadline)):
+        if generation.cancel.is_set or service.is_past(generation.command.deadline):
             _end_early(loaded, generation)
     for embedding in loaded.embeds.requests():
         if _answer_if_ended(service, embedding):

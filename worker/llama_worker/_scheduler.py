@@ -38,10 +38,7 @@ class Batch:
 
     spans: tuple[Span, ...]
     parts: tuple[Generation, ...]
-
-    @property
-    def n_rows(self) -> int:
-        return sum(len(span.tokens) for span in self.spans)
+    n_rows: int
 
 
 class Scheduler:
@@ -100,6 +97,11 @@ class Scheduler:
             admitted.append((generation, loan.ops))
         return admitted
 
+    @property
+    def is_short_of_cells(self) -> bool:
+        """Whether the next step might find too few free cells."""
+        return self.cache.cells.free < self._limits.n_ubatch
+
     def make_room(self) -> list[KVOp]:
         """Free cells for the next step: trim idle slots, then take the slot of the youngest running.
 
@@ -107,8 +109,6 @@ class Scheduler:
         is left.
         """
         ops: list[KVOp] = []
-        if self.cache.cells.free >= self._limits.n_ubatch:
-            return ops
         wanted = min(sum(g.n_left for g in self.running), self._limits.n_ubatch)
         while self.cache.cells.free < wanted and (op := self.cache.evict(wanted - self.cache.cells.free)):
             ops.append(op)
@@ -129,7 +129,8 @@ class Scheduler:
             parts += _chunks(prefilling, min(room, self._pace.rows() if decoding else self._limits.n_ubatch))
         if not parts:
             return None
-        return Batch(tuple([_span(g, n) for g, n in parts]), tuple([g for g, _ in parts]))
+        spans = tuple([_span(g, n) for g, n in parts])
+        return Batch(spans, tuple([g for g, _ in parts]), sum([n for _, n in parts]))
 
     def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
         """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now."""
@@ -233,5 +234,6 @@ def _urgency(generation: Generation) -> tuple[bool, int, int]:
 def _span(generation: Generation, n: int) -> Span:
     slot = generation.slot
     assert slot is not None
-    tokens = generation.tokens.part(slot.n, slot.n + n)
-    return Span(slot.seq, slot.n, tokens, slot.n + n == generation.tokens.n)
+    start = slot.tokens.n
+    end = start + n
+    return Span(slot.seq, start, generation.tokens.part(start, end), end == generation.tokens.n)

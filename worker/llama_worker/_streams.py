@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any
 
+from llama_worker import _postman
 from llama_worker._cancel import CancelFlag
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta
@@ -34,9 +35,10 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+        _postman.start()
 
     def put(self, event: StreamEvent) -> None:
-        self._queue.put(event)
+        _postman.post(self._queue.put, event)
 
     def get(self, timeout: float) -> StreamEvent | None:
         try:

@@ -13,7 +13,7 @@ from llama_worker._engine.base import Aborted, DecodeStatus, Floats, ModelInfo, 
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.library import Library, Pointer
-from llama_worker._engine.log import hold_log, release_log
+from llama_worker._engine.log import thread_log
 from llama_worker._errors import GenerationError
 
 _TEXTS: Final = 64
@@ -38,9 +38,10 @@ class Embedder:
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """One row for each of `texts`, which have been checked. Blocks. Raises GenerationError."""
         self._batch.fill_texts(texts)
-        hold_log()
+        log = thread_log()
+        log.hold()
         status = self._run()
-        release_log(expected=status >= 0)
+        log.release(expected=status >= 0)
         if status != DecodeStatus.OK:
             kind = Aborted if status == DecodeStatus.ABORTED else GenerationError
             raise kind(f"embedding {len(texts)} texts ended with {_status_name(status)}")

@@ -74,7 +74,7 @@ _CONTEXT_DEFAULTS: Final[Mapping[str, object]] = {
 }
 _BATCH_FIELDS: Final = ("n_tokens", "token", "embd", "pos", "n_seq_id", "seq_id", "logits")
 _SHORT_CALLS: Final = (
-    "llama_get_logits_ith",
+    "llama_get_logits",
     "llama_memory_clear",
     "llama_memory_seq_cp",
     "llama_memory_seq_pos_max",
@@ -107,7 +107,7 @@ class _ShortCalls:
             known, call = getattr(api, name), handle[name]
             call.argtypes, call.restype = known.argtypes, known.restype
             setattr(self, name, call)
-        self.llama_get_logits_ith.restype = ctypes.c_void_p
+        self.llama_get_logits.restype = ctypes.c_void_p
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name} is not bound as a short call")

@@ -33,7 +33,8 @@ from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
 from llama_worker._engine.library import Library, Pointer, library
-from llama_worker._engine.log import collected_log, error_lines, hold_log, release_log
+from llama_worker._engine.log import collected_log, error_lines, thread_log
+from llama_worker._engine.rows import RowScan, require_number
 from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, SamplingVocab
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import ConfigError, GenerationError, ModelLoadError, UnsupportedFeatureError
@@ -47,7 +48,6 @@ _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _KV_TYPES: Final = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_0": 6, "q5_1": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 20,
 }  # fmt: skip
-_INFINITY: Final = float("inf")
 
 
 def load(config: ModelConfig) -> LoadedModel:
@@ -84,6 +84,7 @@ class LlamaEngine:
         # An engine that is dropped gives its memory back; at exit another thread may still be in it.
         self._free = weakref.finalize(self, self._stack.close)
         self._free.atexit = False
+        self._closed = False
         self.limits = self._limits()
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
@@ -135,14 +136,15 @@ class LlamaEngine:
 
     def close(self) -> None:
         """See `base.Engine`."""
-        if self._free.alive:
+        if not self._closed:
             self._enter()
+            self._closed = True
             self._free()
 
     def _enter(self) -> None:
         if threading.get_ident() != self._thread:
             raise RuntimeError("an engine may only be used by the thread that loaded it")
-        if not self._free.alive:
+        if self._closed:
             raise RuntimeError("the engine is closed")
 
     def _require_generator(self) -> _Generator:
@@ -214,8 +216,13 @@ class _Generator:
         stack.callback(self.samplers.close)
         self._window = 0 if config.swa_full else int(api.llama_model_n_swa(model))
         self._ends = [0] * self.n_seq
-        self._output_rows: frozenset[int] = frozenset()
-        self._views: dict[int, Floats] = {}
+        self._rows: dict[int, Floats] = {}
+        self._scan = RowScan()
+        self._address = 0
+        self._views: list[Floats] = []
+        # A device computes on after llama_decode returns. Waiting for it gives the GIL up once more, which a
+        # busy Python thread keeps for 5 ms; a CPU is done by then.
+        self._is_async: bool = api.llama_supports_gpu_offload()
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         self.can_trim = False  # until the memory has shown that it can
         self.can_trim = self._probe_trim() and not stateful
@@ -226,39 +233,39 @@ class _Generator:
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
         ends, outputs = self._checked(spans)
-        self._output_rows = frozenset()  # the next call overwrites the logits, whatever comes of it
+        self._rows = {}  # the next call overwrites the logits, whatever comes of it
         self._batch.fill(spans)
-        hold_log()
+        log = thread_log()
+        log.hold()
         code = self._lib.api.llama_decode(self._context, self._batch.native)
-        release_log(expected=code >= 0)
+        log.release(expected=code >= 0)
         if code == 0:
-            self._lib.api.llama_synchronize(self._context)
-            self._ends, self._output_rows = ends, frozenset(outputs)
+            self._ends = ends
+            if outputs:
+                self._rows = dict(zip(outputs, self._logits(), strict=False))
             return DecodeStatus.OK
         self._resync(spans, code)
         return DecodeStatus(code) if code in _KNOWN_CODES else DecodeStatus.COMPUTE_FAILED
 
     def sample(self, row: int, sampler: LlamaSampler) -> int:
         logits = self.logits(row)
-        # NaN has no order, and sorting it in C++ is undefined. A greedy chain only compares, so there one
-        # look at what it chose is enough, and the row is not read twice.
-        if sampler.sorts:
-            _require_finite(logits.max())
+        if sampler.takes_greatest:
+            greatest = self._scan.greatest(logits)
+            if greatest is not None and greatest not in sampler.banned:
+                return greatest
+        else:
+            self._scan.require_finite(logits)
         token: int = self._lib.short.llama_sampler_sample(sampler.pointer, self._context, row)
-        if not sampler.sorts:
-            _require_finite(logits[token])
+        require_number(logits[token])
         if token in sampler.banned:
             raise GenerationError("no token was left to choose; loosen logit_bias, ignore_eos or dry_multiplier")
         return token
 
     def logits(self, row: int) -> Floats:
-        if row not in self._output_rows:
-            raise ValueError(f"row={row}: the last decode computed logits for {sorted(self._output_rows)}")
-        address = self._lib.short.llama_get_logits_ith(self._context, row)
-        if not address:
-            raise GenerationError(f"row {row} has no logits")
-        view = self._views.get(address)
-        return self._view(address) if view is None else view
+        logits = self._rows.get(row)
+        if logits is None:
+            raise ValueError(f"row={row}: the last decode computed logits for {sorted(self._rows)}")
+        return logits
 
     def seq_end(self, seq: int) -> int:
         self._check_seq(seq)
@@ -349,21 +356,23 @@ class _Generator:
             raise ModelLoadError("the model does not compute: decoding two tokens failed")
         trimmed = bool(self._lib.short.llama_memory_seq_rm(self._memory, 0, 1, -1))
         self._ends[0] = 0
-        self._output_rows = frozenset()
+        self._rows = {}
         return trimmed
 
-    def _view(self, address: int) -> Floats:
-        if len(self._views) > 2 * self._n_outputs:  # the output buffer has moved
-            self._views.clear()
-        array = (ctypes.c_float * self._n_vocab).from_address(address)
-        view = np.frombuffer(memoryview(array).cast("B"), dtype=np.float32)
-        self._views[address] = view
-        return view
+    def _logits(self) -> list[Floats]:
+        """Views of the output buffer: one row of logits for each output of the last decode, in its order."""
+        if self._is_async:
+            self._lib.api.llama_synchronize(self._context)
+        address = self._lib.short.llama_get_logits(self._context)
+        if address != self._address:
+            self._address = address
+            self._views = _rows(address, self._n_outputs, self._n_vocab)
+        return self._views
 
 
-def _require_finite(logit: np.float32) -> None:
-    if not -_INFINITY < logit < _INFINITY:
-        raise GenerationError("the model's logits are not finite numbers; its weights may be damaged")
+def _rows(address: int, n_rows: int, n_vocab: int) -> list[Floats]:
+    array = (ctypes.c_float * (n_rows * n_vocab)).from_address(address)
+    return list(np.frombuffer(memoryview(array).cast("B"), dtype=np.float32).reshape(n_rows, n_vocab))
 
 
 _KNOWN_CODES: Final = frozenset(int(status) for status in DecodeStatus)

@@ -23,13 +23,16 @@ _LEVELS: Final = {0: logging.DEBUG, 1: logging.DEBUG, 2: logging.INFO, 3: loggin
 _CONTINUED: Final = 5
 
 
-class _ThreadLog(threading.local):
+class ThreadLog:
     """The unfinished line of one thread, and the lines that it holds back."""
+
+    __slots__ = ("_spare", "held", "level", "pending")
 
     def __init__(self) -> None:
         self.level = logging.INFO
         self.pending = ""
         self.held: deque[tuple[int, str]] | None = None
+        self._spare: deque[tuple[int, str]] = deque(maxlen=100)
 
     def add(self, level: int, text: str) -> None:
         if level != _CONTINUED:
@@ -50,13 +53,36 @@ class _ThreadLog(threading.local):
         else:
             self.held.append((self.level, line))
 
+    def hold(self) -> None:
+        """Hold this thread's lines back until `release`. Once per decode, so it makes nothing new."""
+        self.held = self._spare
 
-_log = _ThreadLog()
+    def release(self, *, expected: bool) -> None:
+        """Forward the held lines; those of an expected outcome only for debugging."""
+        if self.pending:
+            self.flush()
+        self.held = None
+        while self._spare:
+            level, line = self._spare.popleft()
+            logger.log(logging.DEBUG if expected else level, "%s", line)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.log = ThreadLog()
+
+
+_local = _Local()
+
+
+def thread_log() -> ThreadLog:
+    """What the calling thread logs."""
+    return _local.log
 
 
 def _forward(level: int, text: bytes | None, _user_data: int | None) -> None:
     with contextlib.suppress(Exception):
-        _log.add(level, (text or b"").decode("utf-8", "replace"))
+        _local.log.add(level, (text or b"").decode("utf-8", "replace"))
 
 
 forward_log: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_forward)
@@ -67,27 +93,15 @@ forward_log: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctype
 def collected_log() -> Iterator[deque[tuple[int, str]]]:
     """Collect what this thread logs, newest last, and forward it at the end."""
     lines: deque[tuple[int, str]] = deque(maxlen=2000)
-    outer, _log.held = _log.held, lines
+    log = thread_log()
+    outer, log.held = log.held, lines
     try:
         yield lines
     finally:
-        _log.flush()
-        _log.held = outer
+        log.flush()
+        log.held = outer
         for level, line in lines:
             logger.log(level, "%s", line)
-
-
-def hold_log() -> None:
-    """Hold this thread's lines back until `drop_held` or `forward_held`."""
-    _log.held = deque(maxlen=100)
-
-
-def release_log(*, expected: bool) -> None:
-    """Forward the held lines; those of an expected outcome only for debugging."""
-    _log.flush()
-    held, _log.held = _log.held or (), None
-    for level, line in held:
-        logger.log(logging.DEBUG if expected else level, "%s", line)
 
 
 def error_lines(lines: deque[tuple[int, str]], limit: int = 3) -> str:

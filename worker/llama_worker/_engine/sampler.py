@@ -42,28 +42,25 @@ class SamplingVocab:
 class LlamaSampler:
     """A chain and its state. Belongs to one generation and to the engine's thread.
 
-    `banned` tokens can only come out when no other token is left. `sorts`: whether the chain orders its
-    candidates; a greedy one only looks for the best. The chain is freed by `close`, or with the last
-    reference.
+    `banned` tokens can only come out when no other token is left. `takes_greatest`: the chain does
+    nothing but find the greatest logit that is not banned. The chain is freed by `close`, or with the last reference.
     """
 
-    __slots__ = ("__weakref__", "_free", "banned", "owner", "pointer", "sorts")
+    __slots__ = ("__weakref__", "_free", "banned", "closed", "owner", "pointer", "takes_greatest")
 
-    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int], *, sorts: bool) -> None:
+    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int], *, takes_greatest: bool) -> None:
         pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
         self.owner = owner
         self.pointer: Pointer = pointer
         self.banned = banned
-        self.sorts = sorts
+        self.takes_greatest = takes_greatest
+        self.closed = False
         self._free = weakref.finalize(self, lib.api.llama_sampler_free, pointer)
         self._free.atexit = False
 
-    @property
-    def closed(self) -> bool:
-        return not self._free.alive
-
     def close(self) -> None:
         """Free the chain. Idempotent."""
+        self.closed = True
         self._free()
 
 
@@ -83,11 +80,13 @@ class SamplerFactory:
         banned = frozenset(token for token, bias in biases.items() if bias == _NEVER)
         if len(banned) >= vocab.n_tokens:
             raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
-        sampler = LlamaSampler(self, self._lib, banned, sorts=params.temperature >= _COLDEST)
+        reach = _reach(vocab, params)
+        greatest = params.temperature < _COLDEST and not reach and len(banned) == len(biases)
+        sampler = LlamaSampler(self, self._lib, banned, takes_greatest=greatest)
         self._open.add(sampler)
         for link in _links(api, vocab, self._dry, params, biases):
             api.llama_sampler_chain_add(sampler.pointer, link)
-        self._accept(sampler, history, _reach(vocab, params))
+        self._accept(sampler, history, reach)
         return sampler
 
     def _accept(self, sampler: LlamaSampler, history: TokenIds, reach: int) -> None:
