@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export LANGSMITH_TRACING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench proof static namespaces unit clean
+.PHONY: help demo test check bench proof soak static namespaces unit clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -25,6 +25,9 @@ test: $(VENV)/.dev static ## check, and every test on the real engine, long loop
 
 proof: $(VENV)/.dev static ## every test with every full count
 	LLAMA_WORKER_PROOF=1 $(PYTEST) -m "proof or not proof"
+
+soak: $(VENV)/.dev ## ten minutes (SECONDS=600) of load from all sides while the model is reloaded
+	$(BIN)/python -m tests.worker.soak --seconds $(or $(SECONDS),600)
 
 bench: $(VENV)/.dev ## measure, side by side with the peers, and write docs/benchmarks.*
 	$(BIN)/python -m benchmarks

@@ -42,10 +42,11 @@ _WORDS: Final = _TEXT.split()
 class _Writer:
     """A GGUF file in the making: random matrices of one weight type, norms of ones."""
 
-    def __init__(self, path: Path, architecture: str, weights: str, seed: int) -> None:
+    def __init__(self, path: Path, architecture: str, weights: str, seed: int, n_vocab: int = N_VOCAB) -> None:
         self.gguf = gguf.GGUFWriter(path, architecture)
         self._random = np.random.default_rng(seed)
         self._type = _TYPES[weights]
+        self._n_vocab = n_vocab
 
     def matrix(self, name: str, *shape: int) -> None:
         """Standard normal, scaled so that a product keeps the size of its input."""
@@ -59,7 +60,7 @@ class _Writer:
 
     def tokens(self, name: str, n_embd: int) -> None:
         """Embeddings or output rows; control tokens have short ones, so that they are seldom the best."""
-        rows = self._random.standard_normal((N_VOCAB, n_embd)) * n_embd**-0.5
+        rows = self._random.standard_normal((self._n_vocab, n_embd)) * n_embd**-0.5
         rows[:N_CONTROL] *= 0.5
         self._add(name, rows.astype(np.float32))
 
@@ -83,11 +84,20 @@ class _Writer:
         self.gguf.close()
 
 
-def llama(path: Path, *, weights: str = "f32", n_layer: int = 3, seed: int = 0, space_prefix: bool = False) -> Path:
+def llama(
+    path: Path,
+    *,
+    weights: str = "f32",
+    n_layer: int = 3,
+    seed: int = 0,
+    space_prefix: bool = False,
+    n_vocab: int = N_VOCAB,
+    template: str = TEMPLATE,
+) -> Path:
     """Plain attention: 128 wide, 4 heads, 2 KV heads."""
-    out = _Writer(path, "llama", weights, seed)
-    _attention_shape(out.gguf, n_embd=128, n_ff=256, n_layer=n_layer, n_head=4, n_head_kv=2)
-    _sentencepiece(out.gguf, space_prefix=space_prefix)
+    out = _Writer(path, "llama", weights, seed, n_vocab)
+    _attention_shape(out.gguf, n_embd=128, n_ff=256, n_layer=n_layer, n_head=4, n_head_kv=2, n_vocab=n_vocab)
+    _sentencepiece(out.gguf, space_prefix=space_prefix, n_vocab=n_vocab, template=template)
     _ends(out, 128)
     for layer in range(n_layer):
         name = f"blk.{layer}."
@@ -216,18 +226,22 @@ MODELS: Final[Mapping[str, Callable[[Path], Path]]] = {
 # --- parts
 
 
-def _shape(w: Any, *, n_embd: int, n_ff: int, n_layer: int, n_head: int, n_ctx: int = N_CTX) -> None:
+def _shape(
+    w: Any, *, n_embd: int, n_ff: int, n_layer: int, n_head: int, n_ctx: int = N_CTX, n_vocab: int = N_VOCAB
+) -> None:
     w.add_context_length(n_ctx)
     w.add_embedding_length(n_embd)
     w.add_feed_forward_length(n_ff)
     w.add_block_count(n_layer)
     w.add_head_count(n_head)
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_vocab_size(N_VOCAB)
+    w.add_vocab_size(n_vocab)
 
 
-def _attention_shape(w: Any, *, n_embd: int, n_ff: int, n_layer: int, n_head: int, n_head_kv: int) -> None:
-    _shape(w, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head)
+def _attention_shape(
+    w: Any, *, n_embd: int, n_ff: int, n_layer: int, n_head: int, n_head_kv: int, n_vocab: int = N_VOCAB
+) -> None:
+    _shape(w, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_vocab=n_vocab)
     w.add_head_count_kv(n_head_kv)
     w.add_rope_dimension_count(n_embd // n_head)
     w.add_rope_freq_base(10000.0)
@@ -263,12 +277,12 @@ def _feed_forward(out: _Writer, name: str, *, n_embd: int, n_ff: int) -> None:
 # --- tokenizers
 
 
-def _sentencepiece(w: Any, *, space_prefix: bool = False) -> None:
+def _sentencepiece(w: Any, *, space_prefix: bool = False, n_vocab: int = N_VOCAB, template: str = TEMPLATE) -> None:
     kind = gguf.TokenType
     pieces = [("<unk>", 0.0, kind.UNKNOWN), ("<s>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL)]
     pieces += [("<|im_start|>", 0.0, kind.CONTROL), ("<|im_end|>", 0.0, kind.CONTROL)]
     pieces += [(f"<0x{byte:02X}>", 0.0, kind.BYTE) for byte in range(256)]
-    pieces += [(text, -float(rank), kind.NORMAL) for rank, text in enumerate(_words(N_VOCAB - len(pieces)))]
+    pieces += [(text, -float(rank), kind.NORMAL) for rank, text in enumerate(_words(n_vocab - len(pieces)))]
     w.add_tokenizer_model("llama")
     w.add_tokenizer_pre("default")
     w.add_token_list([text for text, _, _ in pieces])
@@ -280,7 +294,7 @@ def _sentencepiece(w: Any, *, space_prefix: bool = False) -> None:
     w.add_eot_token_id(IM_END)
     w.add_add_bos_token(True)
     w.add_add_space_prefix(space_prefix)
-    w.add_chat_template(TEMPLATE)
+    w.add_chat_template(template)
 
 
 def _words(n: int) -> list[str]:
@@ -308,3 +322,21 @@ def _wordpiece(w: Any) -> None:
     w.add_pad_token_id(0)
     w.add_unk_token_id(1)
     w.add_mask_token_id(4)
+
+
+def dequantized(source: Path, target: Path) -> Path:
+    """The model `source` with all weights as F32, written to `target`."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        of_items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], of_items)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

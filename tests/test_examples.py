@@ -26,6 +26,10 @@ RUNS = {
     ),
     "many_agents.py": (["8"], ["prompt tokens reused, 8 new", "What is fog?"]),
     "cancel_midway.py": (["2000"], ["left the stream after", "scope cancelled:", "deadline:", "the worker serves on"]),
+    "prometheus_metrics.py": (
+        ["8"],
+        ['llama_worker_requests_total{outcome="length"} 1.0', "llama_worker_completion_tokens_total 8.0"],
+    ),
     "hot_reload.py": (["8"], ["n_ctx 1024:", "still ends in order: Finished(", "n_ctx 4096:"]),
 }
 

@@ -89,7 +89,7 @@ class GenerationFields(SamplingFields, ModelFields):
         sampling = self._sampling(stop, changes).model_dump(exclude_unset=True)
         return Call(
             connect=lambda: self._connect(model),
-            model=self._connect(model).config.model,
+            model=self._served(model),
             prompt=prompt,
             options={**sampling, "timeout": self.timeout if timeout is None else timeout},
             stream_usage=self.stream_usage if usage is None else usage,

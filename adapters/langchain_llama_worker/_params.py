@@ -18,13 +18,22 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     model_validator,
 )
 
 from langchain_llama_worker._retry import RetryPolicy
-from llama_worker import ConfigError, LlamaWorker, ModelConfig, SamplingParams, WorkerConfig, get_worker
+from llama_worker import (
+    ConfigError,
+    LlamaWorker,
+    ModelConfig,
+    SamplingParams,
+    WorkerConfig,
+    WorkerHandle,
+    get_handle,
+)
 
 PROVIDER = "llama_worker"
 """The name of this provider in traces and in `response_metadata["model_provider"]`."""
@@ -43,7 +52,8 @@ class ModelFields(BaseModel):
 
     Give `model` (a GGUF path or demo://…; `model_path` is the same) and what else of ModelConfig and
     WorkerConfig is needed: all objects of a process with equal settings share one worker, which is
-    opened at the first use. Or give `worker`, which is then used as it is.
+    opened at the first use and ends when the last of them is gone. Or give `worker`, which is then used
+    as it is.
 
     `timeout` is in seconds and includes the time in the queue. `max_retries`: further attempts when the
     queue is full (on_full="reject") or the worker died and is started anew.
@@ -78,10 +88,20 @@ class ModelFields(BaseModel):
     rope_freq_scale: float | None = None
     pooling: str | None = None
     chat_template: str | None = None
+    fit: str | None = None
+    n_ctx_min: int | None = None
 
     queue_size: int | None = None
     on_full: str | None = None
     step_budget_ms: float | None = None
+    keep_alive: float | None = None
+    contain_crashes: bool | None = None
+    step_timeout: float | None = None
+    stall_timeout: float | None = None
+
+    # By the name of the model: our own from the beginning, so that what is configured anew for each call
+    # shares its worker, and those that calls have named. Replaced, never changed: copies have it too.
+    _handles: dict[str, WorkerHandle] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -101,7 +121,7 @@ class ModelFields(BaseModel):
         elif self.model is None:
             raise ConfigError("model", None, "name a GGUF file or a demo:// model, or give worker=")
         else:
-            self._settings()
+            self._handle()
         self._worker_settings()
         return self
 
@@ -125,11 +145,24 @@ class ModelFields(BaseModel):
     def _connect(self, model: str | None = None) -> LlamaWorker:
         """The worker of `model`, by default our own. Returns at once; loading goes on behind it.
 
-        The registry is asked each time: it keeps the worker open, and replaces one that has ended.
+        The handle is asked each time: it keeps the worker open, and replaces one that has ended.
         """
         if self.worker is not None and model in (None, self._model_name):
             return self.worker
-        return get_worker(self._settings(model), self._worker_settings())
+        return self._handle(model).worker()
+
+    def _handle(self, model: str | None = None) -> WorkerHandle:
+        handle = get_handle(self._settings(model), self._worker_settings())
+        name = model or self._model_name
+        if self._handles.get(name) is not handle:
+            self._handles = {**self._handles, name: handle}
+        return handle
+
+    def _served(self, model: str | None) -> str:
+        """The name of the model that `_connect(model)` serves, as far as is known without opening it."""
+        own = self.worker is not None and model in (None, self._model_name)
+        worker = self.worker if own else self._handle(model).opened
+        return self._settings(model).model if worker is None else worker.config.model
 
     @property
     def _retry(self) -> RetryPolicy:

@@ -18,7 +18,9 @@ from llama_worker import (
     StreamEvent,
     TextDelta,
     Usage,
+    WorkerHandle,
     cancel_scope,
+    get_handle,
     get_worker,
     inspect_model,
 )
@@ -66,6 +68,8 @@ def openers() -> None:
     with LlamaWorker("demo://smollm2-135m-instruct") as worker:
         assert_type(worker, LlamaWorker)
     assert_type(get_worker(ModelConfig(model="demo://smollm2-135m-instruct")), LlamaWorker)
+    assert_type(get_handle("demo://smollm2-135m-instruct"), WorkerHandle)
+    assert_type(get_handle("demo://smollm2-135m-instruct").worker(), LlamaWorker)
     assert_type(inspect_model("demo://smollm2-135m-instruct"), ModelInfo)
     with cancel_scope(deadline=1.0) as scope:
         assert_type(scope, CancelScope)

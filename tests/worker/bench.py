@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,7 +22,8 @@ from llama_worker._commands import Embed, Generate, Reload, Shutdown
 from llama_worker._loop import end, step
 from llama_worker._preparer import Preparer
 from llama_worker._published import Published
-from llama_worker._reloading import load
+from llama_worker._record import Record
+from llama_worker._reloading import begin_loading
 from llama_worker._service import Service
 from llama_worker.testing import FakeEngine, assert_well_formed, fake_loader
 
@@ -49,6 +50,16 @@ class ListSink:
         return self.terminal.text
 
 
+class AtOnce:
+    """Loads on the test's own thread."""
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        run()
+
+    def close(self) -> None:
+        pass
+
+
 class Bench:
     """One worker on the test's own thread. `clock` is moved by hand."""
 
@@ -68,6 +79,7 @@ class Bench:
             preparer=Preparer(),
             publish=self.published.show,
             clock=lambda: self.now,
+            launch=AtOnce(),
         )
 
     @property
@@ -80,7 +92,9 @@ class Bench:
         return self.service.loaded.scheduler
 
     def load(self) -> Bench:
-        load(self.service, self.config)
+        begin_loading(self.service, self.config)
+        while self.service.loaded is None:
+            assert step(self.service)
         return self
 
     def ask(
@@ -102,7 +116,10 @@ class Bench:
             else GenerationRequest(messages=tuple(prompt), params=sampling)
         )
         job = view.prepare_generation(request)
-        return Generate(job=job, sink=ListSink(), cancel=CancelFlag(), deadline=deadline)
+        record = Record(self.service.meter.answered)
+        return Generate(
+            job=job, sink=ListSink(), cancel=CancelFlag(), deadline=deadline, submitted=self.now, record=record
+        )
 
     def embed(self, *texts: str, normalize: bool = True) -> tuple[Future[list[list[float]]], CancelFlag]:
         view = self.published.view(0)
@@ -110,12 +127,14 @@ class Bench:
         request = EmbedRequest(texts=texts, normalize=normalize)
         answer: Future[list[list[float]]] = Future()
         cancel = CancelFlag()
-        self.put(Embed(job=view.prepare_embedding(request), answer=answer, cancel=cancel, deadline=None))
+        job, record = view.prepare_embedding(request), Record(self.service.meter.answered)
+        self.put(Embed(job=job, answer=answer, cancel=cancel, deadline=None, submitted=self.now, record=record))
         return answer, cancel
 
     def reload(self, when: str = "drain", **changes: Any) -> Reload:
         config = ModelConfig(**{**self.config.model_dump(), **changes})
-        command = Reload(config=config, when=when, deadline=None)  # type: ignore[arg-type]
+        noted = self.service.meter.reloaded
+        command = Reload(config=config, when=when, deadline=None, noted=noted)  # type: ignore[arg-type]
         assert self.channel.command(command)
         return command
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from llama_worker import (
     cancel_scope,
 )
 from llama_worker._channel import CommandChannel, Ticket
-from llama_worker._commands import Shutdown
+from llama_worker._commands import Generate, Shutdown
 from llama_worker.testing import Gate, assert_well_formed, fake_loader, fake_worker
 from tests.worker.bench import Bench
 from tests.worker.waiting import in_thread, wait_until
@@ -118,6 +119,34 @@ async def count_ticks() -> None:
         await asyncio.sleep(0)
 
 
+def test_a_reply_names_the_model_that_gave_it_and_not_the_one_it_was_asked_of():
+    gate = Gate()
+    worker, [held] = held_worker(gate)
+    with worker:
+        [waits] = fill(worker)
+        reloaded = in_thread(lambda: worker.reload(model="fake://other"))
+        wait_until(lambda: worker.status().state == "draining" or worker._channel.has_controls)
+        gate.open()
+        assert reloaded() is None
+        assert (held.reply().model, waits.reply().model) == ("model", "other")
+        assert asyncio.run(worker.agenerate("now")).model == "other"
+
+
+def test_stale_requests_leave_the_channel_only_as_fast_as_they_are_prepared():
+    """Otherwise a reload would let the line before the channel in, and lose everybody's turn."""
+    bench = Bench("reply", capacity=2, n_parallel=1).load()
+    requests = [bench.request(f"prompt {i}") for i in range(30)]
+    for request in requests:
+        bench.channel.offer(Ticket(request, lambda: None))
+    change = bench.reload(n_ctx=512)
+    while not all(request.sink.is_answered for request in requests):
+        bench.step()
+        assert len(bench.service.preparing) <= 2
+        assert bench.channel.queued <= 2
+    assert change.answer.result() is None
+    assert all(request.sink.text == "reply" for request in requests)
+
+
 def test_racing_senders_against_close_lose_nothing():
     """Whatever was accepted is answered; whatever was not raises WorkerClosed. Repeated, threads racing."""
     for _ in range(20):
@@ -126,6 +155,43 @@ def test_racing_senders_against_close_lose_nothing():
         worker.close()
         ends = [outcome() for outcome in outcomes]
         assert all(isinstance(end, WorkerClosed) or end.text == "answer" for end in ends)
+
+
+def test_whatever_is_accepted_is_handed_out_once_whoever_sends_it():
+    """Eight threads with sessions and priorities of their own, some giving up, against one receiver and a close."""
+    bench = Bench("reply").load()
+    channel = CommandChannel(capacity=4)
+    sent = [[asked_by(bench, f"session {i % 3}", i % 5 - 2) for i in range(100)] for _ in range(8)]
+    tickets: list[Ticket] = []
+
+    def send(requests: list[Generate]) -> None:
+        for i, request in enumerate(requests):
+            ticket = Ticket(request, lambda: None)
+            tickets.append(ticket)
+            channel.offer(ticket)
+            if i % 7 == 0:
+                channel.withdraw(ticket)
+
+    senders = [in_thread(partial(send, requests)) for requests in sent]
+    handed_out = []
+    while len(handed_out) < 300:
+        channel.wait(1.0)
+        while channel.queued:
+            handed_out.append(channel.peek())
+            channel.take(handed_out[-1])
+    left, _ = channel.close()
+    for join in senders:
+        assert join() is None
+    handed_out += left
+    assert len(set(handed_out)) == len(handed_out)
+    assert set(handed_out) == {ticket.request for ticket in tickets if ticket.accepted}
+    assert not [ticket for ticket in tickets if ticket.accepted and ticket.closed]
+
+
+def asked_by(bench: Bench, session: str, priority: int) -> Generate:
+    command = bench.request("x")
+    asked = command.job.request.model_copy(update={"session": session, "priority": priority})
+    return replace(command, job=replace(command.job, request=asked))
 
 
 def fill(worker):

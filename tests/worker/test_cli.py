@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -29,7 +30,12 @@ class TestDescribe:
         assert rows["architecture"] == "llama, generates text (attention)"
         assert rows["trained context"] == "8,192 tokens"
         assert rows["KV cache"] == "180.0 MiB (8,192 tokens, f16)"
-        assert rows["verdict"] == "fits"
+        assert rows["weights"] == "92.1 MiB (mapped from the file)"
+        assert re.fullmatch(r"\d+\.\d MiB at most", rows["compute buffers"])
+        assert re.fullmatch(r"\d+\.\d MiB at most, at the first text", rows["embedding"])
+        assert re.fullmatch(r"\d+\.\d [MG]iB", rows["free RAM"])
+        assert rows["free on devices"]
+        assert rows["verdict"].startswith("fits: needs ")
 
     def test_an_embedding_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["describe", "demo://all-minilm-l6-v2"]) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_worker import ModelConfig, ModelLoadError, WorkerClosed, WorkerConfig, close_all, get_worker
+from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerClosed, WorkerConfig, close_all, get_worker
 from llama_worker.testing import fake_loader, fake_worker
 from tests.worker.waiting import wait_until
 
@@ -62,6 +62,19 @@ def test_copies_are_the_same_worker():
     worker = get_worker("/nowhere/model.gguf")
     assert copy.deepcopy({"worker": worker})["worker"] is worker
     assert copy.copy(worker) is worker
+
+
+def test_a_pickle_is_the_very_worker_in_its_own_process_whoever_opened_it():
+    with fake_worker("answer") as worker:
+        assert pickle.loads(pickle.dumps({"worker": worker}))["worker"] is worker
+
+
+@pytest.mark.engine
+def test_a_pickle_of_a_worker_that_is_gone_is_the_registrys(tiny_llama: Path):
+    config = ModelConfig(model=str(tiny_llama), n_ctx=512, n_threads=1)
+    with LlamaWorker(config) as worker:
+        pickled = pickle.dumps(worker)
+    assert pickle.loads(pickled) is get_worker(config)
 
 
 def test_close_is_idempotent_and_final():
@@ -154,18 +167,117 @@ def test_the_interpreter_leaves_at_once_in_any_state(situation: str):
     assert (result.returncode, result.stdout, result.stderr) == (0, "leaving\n", "")
 
 
-def test_a_forked_child_does_not_inherit_the_registry():
-    program = """
-        import os, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about forking with threads
-        from llama_worker import get_worker
-        worker = get_worker("/nowhere/model.gguf")
+FORK = """
+    import asyncio, gc, os, sys, threading, time, warnings
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about forking with threads
+    from llama_worker import *
+    from llama_worker.testing import *
+
+    def refused(ask):
+        try:
+            ask()
+        except WorkerClosed as error:
+            return "fork" in str(error)
+        return False
+
+    def in_child(check):
         child = os.fork()
         if child == 0:
-            os._exit(0 if get_worker("/nowhere/model.gguf") is not worker else 1)
-        print(os.waitpid(child, 0)[1])
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30, check=False
+            os._exit(0 if check() else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+
+def forking(program: str, *args: str) -> str:
+    """What `program` prints, within 30 seconds."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FORK) + textwrap.dedent(program), *args],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    ).stdout
+
+
+def test_a_forked_child_is_refused_at_once_and_the_parent_serves_on():
+    """Whatever state the worker is in; a child that waited for a thread it does not have would wait for ever."""
+    printed = forking("""
+        forked, unloaded = fake_loader("answer"), threading.Event()
+        def slowly(config):
+            unloaded.wait()
+            return forked(config)
+
+        ready = fake_worker("answer")
+        loading = LlamaWorker.begin("fake://model", loader=slowly)
+
+        def is_refused(worker):
+            asks = [lambda: worker.generate("x"), lambda: worker.stream("x"), lambda: worker.embed(["x"])]
+            asks += [lambda: asyncio.run(worker.agenerate("x")), lambda: asyncio.run(worker.aembed(["x"]))]
+            asks += [lambda: worker.info, lambda: worker.count_tokens("x"), worker.cancel_all]
+            asks += [lambda: worker.reload(n_ctx=99), lambda: asyncio.run(worker.areload(n_ctx=99))]
+            return all(map(refused, asks)) and worker.is_closed
+
+        print(in_child(lambda: is_refused(ready)), in_child(lambda: is_refused(loading)))
+        unloaded.set()
+        print(ready.generate("x").text, loading.generate("x").text)
+    """)
+    assert printed == "0 0\nanswer answer\n"
+
+
+def test_a_forked_child_may_close_and_drop_what_it_inherited():
+    """Also when some thread of the parent held the channel's lock at that moment: the child has it for ever."""
+    printed = forking("""
+        worker = fake_worker("answer")
+        held, done = threading.Event(), threading.Event()
+        def hold():
+            with worker._channel._changed:
+                held.set()
+                done.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+
+        def let_go():
+            global worker
+            worker.close()
+            asyncio.run(worker.aclose())
+            del worker
+            gc.collect()
+            return True
+
+        print(in_child(let_go))
+        done.set()
+        holder.join()
+        print(worker.generate("x").text)
+    """)
+    assert printed == "0\nanswer\n"
+
+
+@pytest.mark.engine
+def test_a_forked_child_opens_a_worker_of_its_own(tiny_llama: Path):
+    """Through the registry and through a handle that the parent has used; it waits for nobody who leaves the parent."""
+    printed = forking(
+        """
+        from concurrent.futures import Future
+        from llama_worker import _exit
+
+        config = ModelConfig(model=sys.argv[1], n_ctx=512, n_threads=1)
+        handle = get_handle(config)
+        worker = handle.worker()
+        ask = lambda worker: worker.generate("hello", max_tokens=4, temperature=0).text
+        said = ask(worker)
+
+        _exit.leaves(Future())
+        began = time.monotonic()
+
+        def has_its_own():
+            own = get_worker(config)
+            is_its_own = own is not worker and handle.worker() is own and ask(own) == said
+            return is_its_own and time.monotonic() - began < _exit.LONGEST_FAREWELL
+
+        print(in_child(has_its_own), ask(worker) == said, handle.worker() is worker)
+        """,
+        str(tiny_llama),
     )
-    assert result.stdout == "0\n"
+    assert printed == "0 True True\n"

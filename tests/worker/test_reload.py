@@ -1,20 +1,27 @@
 """Reload: those who run are finished, those who wait run on the new model, and a failure costs nothing."""
 
 import asyncio
+import threading
 
 import pytest
 
 from llama_worker import (
     ConfigError,
+    DeadlineExceeded,
     Finished,
     GenerationCancelled,
     InvalidRequestError,
+    LlamaWorker,
     Message,
     ModelConfig,
     ModelLoadError,
     WorkerClosed,
+    WorkerConfig,
 )
 from llama_worker._engine.base import LoadedModel
+from llama_worker._engine.llama import load as load_llama
+from llama_worker._engine.progress import LoadProgress, current_progress, watched_by
+from llama_worker._progress_bar import progress_bar
 from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
 from tests.worker.bench import Bench
 from tests.worker.waiting import in_thread, wait_until
@@ -220,3 +227,200 @@ def test_now_cancels_embeddings_that_have_begun():
     bench.reload(when="now")
     bench.settle(answer)
     assert isinstance(answer.exception(0), GenerationCancelled)
+
+
+class HeldLoader:
+    """A loader whose second and later loads wait until they are let go, or not wanted any more."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.inner = fake_loader("answer")
+        self.loads = 0
+
+    def __call__(self, config: ModelConfig) -> LoadedModel:
+        self.loads += 1
+        if self.loads == 1:
+            return self.inner(config)
+        progress = current_progress()
+        self.reached.set()
+        while not self.go.wait(0.01):
+            if not progress.tell(0.5):
+                raise ModelLoadError("not wanted")
+        if "broken" in config.model:
+            raise ModelLoadError(f"{config.model} cannot be loaded")
+        return self.inner(config)
+
+
+def test_with_overlap_the_old_model_serves_until_the_new_one_is_there():
+    loader = HeldLoader()
+    with fake_worker(loader=loader) as worker:
+        reload = in_thread(lambda: worker.reload("fake://other", overlap=True))
+        assert loader.reached.wait(10)
+        assert [worker.generate(CHAT).model for _ in range(3)] == ["model"] * 3
+        loader.go.set()
+        assert reload() is None
+        assert worker.generate(CHAT).model == "other"
+
+
+def test_with_overlap_a_failure_costs_the_old_model_nothing():
+    loader = HeldLoader()
+    loader.go.set()
+    with fake_worker(loader=loader) as worker:
+        with pytest.raises(ModelLoadError, match="broken") as error:
+            worker.reload("fake://broken", overlap=True)
+        assert error.value.previous_restored
+        assert (worker.status().epoch, loader.loads) == (1, 2), "the old model was never let go"
+        assert worker.generate(CHAT).text == "answer"
+
+
+def test_who_waits_while_a_model_is_loaded_is_answered_when_his_time_is_up():
+    loader = HeldLoader()
+    with fake_worker(loader=loader) as worker:
+        reload = in_thread(lambda: worker.reload("fake://other"))
+        assert loader.reached.wait(10)
+        late, cancelled = worker.stream(CHAT, timeout=0.05), worker.stream(CHAT)
+        patient = worker.stream(CHAT)
+        with pytest.raises(DeadlineExceeded):
+            late.reply()
+        cancelled.close()
+        with pytest.raises(GenerationCancelled):
+            cancelled.reply()
+        assert worker.status().state == "loading"
+        loader.go.set()
+        assert reload() is None
+        assert patient.reply().text == "answer"
+
+
+def test_closing_ends_a_load():
+    loader = HeldLoader()
+    worker = fake_worker(loader=loader)
+    reload = in_thread(lambda: worker.reload("fake://other"))
+    assert loader.reached.wait(10)
+    worker.close()
+    assert isinstance(reload(), WorkerClosed)
+
+
+def test_a_later_reload_supersedes_one_that_is_still_loading():
+    loader = HeldLoader()
+    with fake_worker(loader=loader) as worker:
+        first = in_thread(lambda: worker.reload("fake://first"))
+        assert loader.reached.wait(10)
+        second = in_thread(lambda: worker.reload("fake://second"))
+        assert "superseded" in str(first())
+        loader.go.set()
+        assert second() is None
+        assert worker.generate(CHAT).model == "second"
+
+
+def test_progress_is_told_and_a_callback_that_fails_is_left_alone(tiny_llama):
+    fractions: list[float] = []
+
+    def failing(fraction: float) -> None:
+        fractions.append(-fraction)
+        raise RuntimeError("not my day")
+
+    with LlamaWorker(ModelConfig(model=str(tiny_llama), n_ctx=256, n_threads=1)) as worker:
+        worker.reload(n_ctx=512, progress=fractions.append)
+        assert fractions == sorted(fractions)
+        assert fractions[-1] == 1.0
+        fractions.clear()
+        worker.reload(n_ctx=256, progress=failing)
+        assert len(fractions) == 1
+        assert worker.n_ctx == 256
+
+
+def test_a_native_load_that_nobody_wants_ends_at_its_next_tensor(tiny_llama):
+    progress = LoadProgress()
+    progress.cancel()
+    with pytest.raises(ModelLoadError, match="cancelled"), watched_by(progress):
+        load_llama(ModelConfig(model=str(tiny_llama), n_ctx=256, n_threads=1))
+
+
+def test_an_engine_belongs_to_the_thread_that_adopted_it(tiny_llama):
+    engine = in_thread(lambda: load_llama(ModelConfig(model=str(tiny_llama), n_ctx=256, n_threads=1)).engine)()
+    with pytest.raises(RuntimeError, match="thread"):
+        engine.seq_clear(0)
+    engine.adopt()
+    engine.seq_clear(0)
+    engine.close()
+
+
+@pytest.mark.parametrize("value", ["yes", None, 2])
+def test_overlap_is_one_of_three(value):
+    with fake_worker("answer") as worker, pytest.raises(InvalidRequestError, match="overlap"):
+        worker.reload(n_ctx=512, overlap=value)
+
+
+def test_an_idle_model_is_let_go_and_comes_back_when_it_is_asked_for():
+    bench = Bench("answer").load()
+    bench.service.keep_alive = 30.0
+    first, _ = bench.ask(CHAT)
+    bench.settle(first)
+    bench.channel.nudge()
+    bench.step()
+    bench.now = 29.0
+    bench.channel.nudge()
+    bench.step()
+    assert bench.service.loaded is not None
+    bench.now = 31.0
+    bench.step()
+    assert bench.engine.closed
+    assert bench.service.state == "unloaded"
+    second, _ = bench.ask(CHAT)
+    bench.settle(second)
+    assert second.text == "answer"
+    assert (len(bench.engines), bench.service.state, bench.service.epoch) == (2, "ready", 2)
+
+
+def test_an_idle_model_that_cannot_come_back_refuses_until_a_reload_mends_it():
+    loads = iter([True, False, True])
+    bench = Bench(loader=picky_loader(lambda: next(loads))).load()
+    bench.service.keep_alive = 0.0
+    bench.step()
+    assert bench.service.state == "unloaded"
+    refused, _ = bench.ask(CHAT)
+    bench.settle(refused)
+    assert isinstance(getattr(refused.terminal, "error", None), ModelLoadError)
+    bench.reload(model="fake://mended")
+    bench.service.keep_alive = None
+    bench.step(3)
+    answered, _ = bench.ask(CHAT)
+    bench.settle(answered)
+    assert answered.text == "answer"
+
+
+def test_a_worker_with_keep_alive_frees_and_returns():
+    engines: list[FakeEngine] = []
+    loader = fake_loader("answer", seen=engines.append)
+    with fake_worker(loader=loader, worker_config=WorkerConfig(keep_alive=0.0)) as worker:
+        for n in range(1, 4):
+            assert worker.generate(CHAT).text == "answer"
+            wait_until(lambda: worker.status().state == "unloaded")
+            assert all(engine.closed for engine in engines)
+            assert len(engines) >= n
+
+
+def test_who_came_first_is_served_first_although_he_is_prepared_again():
+    bench = Bench(n_parallel=1).load()
+    running, _ = bench.ask("a", max_tokens=2, ignore_eos=True)
+    bench.step()
+    stale, _ = bench.ask("b", max_tokens=2, ignore_eos=True)
+    bench.reload(n_ctx=512)
+    while bench.service.epoch == 1:
+        bench.step()
+    fresh, _ = bench.ask("c", max_tokens=2, ignore_eos=True)
+    while not fresh.is_answered:
+        assert not fresh.events or stale.is_answered, "a request that came later was begun first"
+        bench.step()
+    assert running.is_answered
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch, capsys):
+    assert progress_bar("model") is None
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("llama_worker._progress_bar._PATIENCE", 0.0)
+    draw = progress_bar("model.gguf")
+    assert draw is not None
+    for fraction in (0.25, 0.5, 1.0):
+        draw(fraction)
+    assert "loading model.gguf" in capsys.readouterr().err

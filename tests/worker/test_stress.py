@@ -30,10 +30,13 @@ from llama_worker import (
 from llama_worker._engine.base import DecodeStatus, Span
 from llama_worker._engine.llama import load
 from llama_worker.testing import assert_well_formed
+from tests.synth import dequantized
+from tests.worker.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 
 N_THREADS, N_EACH, N_LOOPS = 64, 8, 4
+TOLERANCE = 0.05
 SYSTEMS = ["You are terse. " * 8, "You are a poet of the sea. " * 6, ""]
 
 
@@ -115,13 +118,17 @@ def test_sixty_four_threads_and_four_loops_are_all_answered_rightly(tiny_llama: 
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(1500)
-def test_the_same_storm_on_smollm2(smollm2_path: Path):
-    config = ModelConfig(model=str(smollm2_path), n_ctx=2048, n_parallel=8)
-    check_storm(config, n=N_THREADS * N_EACH, tolerance=1.0)
+@pytest.mark.timeout(1800)
+def test_the_same_storm_on_smollm2(smollm2_path: Path, tmp_path: Path):
+    """Its weights as F32: quantised ones make the kernels round activations, each batch shape in its own way.
+
+    That alone is worth 0.3 on this model, far more than the tier allows for.
+    """
+    model = dequantized(smollm2_path, tmp_path / "smollm2-f32.gguf")
+    check_storm(ModelConfig(model=str(model), n_ctx=2048, n_parallel=8), n=N_THREADS * N_EACH)
 
 
-def check_storm(config: ModelConfig, n: int, tolerance: float = 0.05) -> None:
+def check_storm(config: ModelConfig, n: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     cases = cases_of(random.Random(seed), n)
@@ -130,8 +137,10 @@ def check_storm(config: ModelConfig, n: int, tolerance: float = 0.05) -> None:
         assert not errors, f"seed {seed}: {errors[:3]}"
         loaded = worker._service.loaded
         assert loaded is not None
+        # The last word comes before the slot is given back.
+        wait_until(lambda: not worker.status().running)
+        assert (worker.status().waiting, worker.status().queued) == (0, 0)
         loaded.scheduler.cache.check()
-        assert (worker.status().running, worker.status().waiting, worker.status().queued) == (0, 0, 0)
         view = worker._view()
         prompts = [view.prompt_tokens(case.prompt) for case in cases]
     ends = [assert_well_formed(case.events) for case in cases]
@@ -141,7 +150,7 @@ def check_storm(config: ModelConfig, n: int, tolerance: float = 0.05) -> None:
         assert end.usage.completion_tokens <= case.max_tokens
         assert end.reason != "cancelled" or case.cancel_after is not None
     worst = max(regrets(config, prompts, ends))
-    assert worst <= tolerance, f"seed {seed}: an emitted token falls short by {worst}"
+    assert worst <= TOLERANCE, f"seed {seed}: an emitted token falls short by {worst}"
 
 
 def test_the_score_finds_an_answer_that_was_given_to_another_prompt(tiny_llama: Path):

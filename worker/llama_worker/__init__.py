@@ -3,13 +3,17 @@
 The house, from the outside in:
 
     _worker        LlamaWorker: generate, stream, embed, reload, close and their a-twins
-    _registry      one live worker for each configuration
+    _registry      one live worker for each configuration; _handle is an adapter's share in it
+    _batch         many prompts in one call; _state a worker as JSON
     _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
-    _channel       the bounded way to the worker thread; _commands is what travels on it
+    _channel       the bounded way to the worker thread; _commands is what travels on it, _fairness whose turn it is
     _loop          the worker thread, with _decoding, _embedding and _reloading: the only callers of an engine
     _service       what that thread works with
+    _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
+    _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
     _reply         token -> text -> events; _streams is where the caller reads them
+    _memory        what a model takes of the machine; _fitting makes it fit, by what _free_memory finds
     _engine/       llama.cpp, behind the protocol in _engine/base
     testing        an engine without a model, for your tests and ours
 """
@@ -31,6 +35,7 @@ from llama_worker._errors import (
     ModelNotFoundError,
     QueueFull,
     RequestError,
+    StreamStalled,
     TemplateError,
     UnsupportedFeatureError,
     WorkerClosed,
@@ -46,19 +51,26 @@ from llama_worker._events import (
     TokenLogprob,
     Usage,
 )
+from llama_worker._handle import WorkerHandle
+from llama_worker._health import Health
+from llama_worker._memory import MemoryPlan, plan_memory
+from llama_worker._metrics import CacheMetrics, Distribution, Metrics
 from llama_worker._models import inspect_model
-from llama_worker._registry import close_all, get_worker
+from llama_worker._registry import close_all, get_handle, get_worker
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._status import Status
 from llama_worker._streams import AsyncEventStream, EventStream
 from llama_worker._version import __version__
-from llama_worker._worker import LlamaWorker, Status
+from llama_worker._worker import LlamaWorker
 
 __all__ = [
     "AsyncEventStream",
+    "CacheMetrics",
     "CancelScope",
     "ConfigError",
     "ContextOverflowError",
     "DeadlineExceeded",
+    "Distribution",
     "EmbedRequest",
     "EngineVersionError",
     "EventStream",
@@ -68,11 +80,14 @@ __all__ = [
     "GenerationCancelled",
     "GenerationError",
     "GenerationRequest",
+    "Health",
     "InsufficientMemoryError",
     "InvalidRequestError",
     "LlamaWorker",
     "LlamaWorkerError",
+    "MemoryPlan",
     "Message",
+    "Metrics",
     "ModelConfig",
     "ModelInfo",
     "ModelLoadError",
@@ -83,6 +98,7 @@ __all__ = [
     "SamplingParams",
     "Status",
     "StreamEvent",
+    "StreamStalled",
     "TemplateError",
     "TextDelta",
     "TokenLogprob",
@@ -91,9 +107,12 @@ __all__ = [
     "WorkerClosed",
     "WorkerConfig",
     "WorkerDied",
+    "WorkerHandle",
     "__version__",
     "cancel_scope",
     "close_all",
+    "get_handle",
     "get_worker",
     "inspect_model",
+    "plan_memory",
 ]

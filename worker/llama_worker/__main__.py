@@ -1,6 +1,7 @@
 """`python -m llama_worker`: look at a model, or talk to it.
 
     describe MODEL    what its header says and what memory it would take
+    top [SOCKET]      the workers that are exported by running processes, live
     chat MODEL        Ctrl-C ends an answer, Ctrl-D or /exit the program
 
 Errors are one line on stderr and exit status 2.
@@ -23,6 +24,7 @@ from llama_worker import (
     Finished,
     LlamaWorker,
     LlamaWorkerError,
+    MemoryPlan,
     Message,
     ModelConfig,
     ModelInfo,
@@ -31,8 +33,10 @@ from llama_worker import (
     TextDelta,
     UnsupportedFeatureError,
     inspect_model,
+    plan_memory,
 )
-from llama_worker._memory import MemoryPlan, plan, refusal, shown_bytes
+from llama_worker._memory import shown_bytes
+from llama_worker._top import top
 
 _FAILED = 2
 _INTERRUPTED = 130
@@ -66,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--n-threads", type=int, help="CPU threads; default: the physical cores")
     chat.add_argument("--seed", type=int, help="for answers that can be repeated")
     chat.set_defaults(run=_chat)
+    top = commands.add_parser("top", help="watch the workers of running processes")
+    top.add_argument("path", metavar="SOCKET", nargs="?", help="what worker.export() returned; default: all")
+    top.add_argument("--once", action="store_true", help="print one frame and end")
+    top.add_argument("--interval", type=float, default=1.0, help="seconds between two frames; default 1")
+    top.set_defaults(run=_top)
     return parser
 
 
@@ -79,8 +88,7 @@ def _complain(error: LlamaWorkerError) -> None:
 def _describe(options: argparse.Namespace) -> int:
     config = ModelConfig(model=options.model, n_ctx=options.n_ctx)
     info = inspect_model(options.model)
-    memory = plan(info, config)
-    rows = [*_model_rows(info), ("", ""), *_memory_rows(info, config, memory)]
+    rows = [*_model_rows(info), ("", ""), *_memory_rows(config, plan_memory(config))]
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows))
     return 0
@@ -108,16 +116,26 @@ def _kind(info: ModelInfo) -> str:
     return f"generates text ({memory}{window})"
 
 
-def _memory_rows(info: ModelInfo, config: ModelConfig, memory: MemoryPlan) -> list[tuple[str, str]]:
+def _memory_rows(config: ModelConfig, memory: MemoryPlan) -> list[tuple[str, str]]:
     cells = f" ({memory.n_cells:,} tokens, {config.type_k})" if memory.n_cells else ""
+    when = ", at the first text" if memory.n_cells else ""
     return [
         ("weights", f"{shown_bytes(memory.weights)} (mapped from the file)"),
         ("KV cache", shown_bytes(memory.kv) + cells),
         ("compute buffers", f"{shown_bytes(memory.compute)} at most"),
-        ("total", shown_bytes(memory.total)),
-        ("memory", f"{shown_bytes(memory.available)} available of {shown_bytes(memory.installed)}"),
-        ("verdict", "fits" if memory.needed <= memory.available else refusal(info, config, memory)),
+        ("embedding", f"{shown_bytes(memory.embedding)} at most{when}"),
+        ("free RAM", shown_bytes(memory.free_ram)),
+        ("free on devices", "no layer goes there" if memory.free_device is None else shown_bytes(memory.free_device)),
+        ("verdict", memory.verdict),
     ]
+
+
+# --- top
+
+
+def _top(options: argparse.Namespace) -> int:
+    top(options.path, once=options.once, interval=max(options.interval, 0.1))
+    return 0
 
 
 # --- chat

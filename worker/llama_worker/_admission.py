@@ -31,7 +31,7 @@ class Admission:
         self, channel: CommandChannel, on_full: Literal["wait", "reject"], why_closed: Callable[[], Exception]
     ) -> None:
         self._channel = channel
-        self._on_full = on_full
+        self.on_full = on_full
         self._why_closed = why_closed
 
     def put(self, request: Request) -> None:
@@ -68,7 +68,7 @@ class Admission:
         ticket = Ticket(request, wake)
         # Before the offer: once it is accepted the flag is the worker's to arm.
         request.cancel.arm(wake)
-        wait = self._on_full == "wait"
+        wait = self.on_full == "wait"
         self._channel.offer(ticket, wait=wait)
         if not (wait or ticket.is_settled):
             raise QueueFull(self._channel.capacity)

@@ -4,9 +4,12 @@ The contract: a command that was accepted is handed to the worker or handed out 
 before or completely after the close, never lost. One lock makes that true.
 
 Only requests count against the capacity: a channel that can refuse Shutdown or Reload cannot be stopped
-or mended. A caller that finds no room leaves a Ticket, in order of arrival; when the worker takes a
-request, the first ticket's request moves up and its owner is woken. So waiting needs no polling, works
-for threads and event loops alike, and nobody overtakes.
+or mended. A caller that finds no room leaves a Ticket; when the worker takes a request, the next ticket's
+request moves up and its owner is woken. So waiting needs no polling and works for threads and event loops alike.
+
+Requests and tickets alike are served by turns (`_fairness`): a client is the request's `session`, or else the
+thread that submitted it, which for all tasks of an event loop is the loop's. So however many wait for one client,
+another's single caller is the next but one.
 """
 
 from __future__ import annotations
@@ -16,15 +19,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from llama_worker._commands import Control, Request
+from llama_worker._fairness import FairQueue
 
 
 class Ticket:
-    """A place in the line before a full channel. `wake` is called once, by any thread, when `settled`."""
+    """A place in the line before a full channel. `wake` is called once, by any thread, when `settled`.
 
-    __slots__ = ("accepted", "closed", "request", "wake")
+    Made on the thread that submits: without a session, it is the client.
+    """
+
+    __slots__ = ("accepted", "client", "closed", "request", "wake")
 
     def __init__(self, request: Request, wake: Callable[[], object]) -> None:
         self.request = request
+        self.client: str | int = request.job.request.session or threading.get_ident()
         self.wake = wake
         self.accepted = False
         self.closed = False
@@ -40,11 +48,13 @@ class CommandChannel:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._controls: deque[Control] = deque()
-        self._requests: deque[Request] = deque()
-        self._tickets: deque[Ticket] = deque()
+        self._requests: FairQueue[Request] = FairQueue()
+        self._tickets: FairQueue[Ticket] = FairQueue()
         self._changed = threading.Condition()  # re-entrant: a finalizer may say Shutdown anywhere
         self._nudged = False
         self._closed = False
+        self.n_accepted = 0
+        self.n_refused = 0
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -74,7 +84,9 @@ class CommandChannel:
             elif len(self._requests) < self.capacity and not self._tickets:
                 self._accept(ticket)
             elif wait:
-                self._tickets.append(ticket)
+                self._tickets.push(ticket, ticket.client, ticket.request.job.request.priority)
+            else:
+                self.n_refused += 1
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give up the place, unless the ticket is settled already: look at it afterwards."""
@@ -89,6 +101,13 @@ class CommandChannel:
                 self._controls.append(control)
                 self._changed.notify()
             return not self._closed
+
+    def resize(self, capacity: int) -> None:
+        """Hold so many requests from now on; those that are in stay. Callers that wait move up. Any thread."""
+        with self._changed:
+            self.capacity = capacity
+            while self._tickets and len(self._requests) < capacity:
+                self._move_up()
 
     def nudge(self) -> None:
         """Let a waiting worker look around. Any thread."""
@@ -112,36 +131,55 @@ class CommandChannel:
 
     def peek(self) -> Request:
         """The request to serve next, still in the channel. Only the worker takes requests out, so `queued` holds."""
-        return self._requests[0]
+        with self._changed:
+            return self._requests.next()
+
+    def take(self, request: Request) -> None:
+        """`request`, which was peeked at, is in another container now: its client has had its turn."""
+        with self._changed:
+            self._requests.take(request)
+            self._move_up()
 
     def drop(self, request: Request) -> None:
-        """`request` is in another container now, or answered. The first ticket moves up."""
+        """`request` was answered where it waited."""
         with self._changed:
             self._requests.remove(request)
-            if self._tickets:
-                ticket = self._tickets.popleft()
-                self._accept(ticket)
-                ticket.wake()
+            self._move_up()
 
     def requests(self) -> list[Request]:
         """All queued requests, oldest first."""
         with self._changed:
             return list(self._requests)
 
+    def outside(self) -> list[Request]:
+        """The requests of callers that wait for room, oldest first. Any thread."""
+        with self._changed:
+            return [ticket.request for ticket in self._tickets]
+
     def close(self) -> tuple[list[Request], list[Control]]:
         """Refuse from now on; settle the tickets as closed; hand out everything unanswered. Idempotent."""
         with self._changed:
             self._closed = True
             tickets, requests, controls = list(self._tickets), list(self._requests), list(self._controls)
-            for queue in (self._tickets, self._requests, self._controls):
-                queue.clear()
+            self._tickets.clear()
+            self._requests.clear()
+            self._controls.clear()
             for ticket in tickets:
                 ticket.closed = True
         for ticket in tickets:
             ticket.wake()
         return requests, controls
 
+    def _move_up(self) -> None:
+        """There is room again: the next ticket's request comes in."""
+        if self._tickets and len(self._requests) < self.capacity:
+            ticket = self._tickets.next()
+            self._tickets.take(ticket)
+            self._accept(ticket)
+            ticket.wake()
+
     def _accept(self, ticket: Ticket) -> None:
         ticket.accepted = True
-        self._requests.append(ticket.request)
+        self.n_accepted += 1
+        self._requests.push(ticket.request, ticket.client, ticket.request.job.request.priority)
         self._changed.notify()

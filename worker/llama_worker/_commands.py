@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,8 +12,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 from llama_worker._cancel import CancelFlag
 from llama_worker._config import ModelConfig
 from llama_worker._errors import GenerationCancelled
-from llama_worker._events import Failed, Finished, StreamEvent, Usage
+from llama_worker._events import Failed, Finished, StreamEvent, Terminal, Usage
 from llama_worker._jobs import EmbedJob, GenerationJob
+from llama_worker._record import Answer, Record
 
 
 def settle(answer: Future[Any], *, result: object = None, error: Exception | None = None) -> None:
@@ -24,26 +27,36 @@ def settle(answer: Future[Any], *, result: object = None, error: Exception | Non
 
 
 class EventSink(Protocol):
-    """Where a generation's events go. `put` is called by any thread and must not block or raise."""
+    """Where a generation's events go. Both are called by any thread and must not block or raise."""
 
     def put(self, event: StreamEvent) -> None: ...
+
+    def taken_while_waiting(self) -> int | None:
+        """How many events the reader has taken so far; None while none waits for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Generate:
-    """Serve `job` and put its events into `sink`."""
+    """Serve `job` and put its events into `sink`. `submitted` and `deadline` are moments of time.monotonic()."""
 
     job: GenerationJob
     sink: EventSink
     cancel: CancelFlag
     deadline: float | None
+    submitted: float = field(default_factory=time.monotonic)
+    record: Record = field(default_factory=Record)
+
+    def end(self, event: Terminal) -> None:
+        """Say the last word. Every terminal event goes this way, and is counted before it can be read."""
+        self.record.end(Answer.of(event))
+        self.sink.put(event)
 
     def fail(self, error: Exception) -> None:
         """Answer before anything was generated."""
-        self.sink.put(Failed(error=error, text="", usage=Usage()))
+        self.end(Failed(error=error, text="", usage=Usage()))
 
     def answer_cancelled(self) -> None:
-        self.sink.put(Finished(reason="cancelled", text="", usage=Usage()))
+        self.end(Finished(reason="cancelled", text="", usage=Usage(), model=self.job.model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,13 +67,21 @@ class Embed:
     answer: Future[list[list[float]]]
     cancel: CancelFlag
     deadline: float | None
+    submitted: float = field(default_factory=time.monotonic)
+    record: Record = field(default_factory=Record)
+
+    def succeed(self, vectors: object) -> None:
+        n_tokens = sum(map(len, self.job.texts))
+        self.record.end(Answer(usage=Usage(prompt_tokens=n_tokens), texts=len(self.job.texts)))
+        settle(self.answer, result=vectors)
 
     def fail(self, error: Exception) -> None:
+        self.record.end(Answer(usage=Usage(), error=error, texts=len(self.job.texts)))
         settle(self.answer, error=error)
 
     def answer_cancelled(self) -> None:
         # Never Future.cancel(): an awaiting task would see a CancelledError that nobody asked for.
-        settle(self.answer, error=GenerationCancelled())
+        self.fail(GenerationCancelled())
 
 
 Request: TypeAlias = Generate | Embed
@@ -68,15 +89,27 @@ Request: TypeAlias = Generate | Embed
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reload:
-    """Serve with `config` from now on. Running requests are drained, or cancelled at `deadline`."""
+    """Serve with `config` from now on. Running requests are drained, or cancelled at `deadline`.
+
+    `overlap`: load beside the old model. `progress` is called by the loading thread.
+    """
 
     config: ModelConfig
     when: Literal["drain", "now"]
     deadline: float | None
+    overlap: bool = False
+    progress: Callable[[float], object] | None = None
     answer: Future[None] = field(default_factory=Future)
+    noted: Callable[[Exception | None], object] | None = None
+
+    def end(self, error: Exception | None) -> None:
+        """The new model serves, or `error` says why not; `noted` hears of it before the caller does."""
+        if self.noted is not None and not self.answer.done():
+            self.noted(error)
+        settle(self.answer, error=error)
 
     def fail(self, error: Exception) -> None:
-        settle(self.answer, error=error)
+        self.end(error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

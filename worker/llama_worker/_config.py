@@ -50,6 +50,8 @@ class ModelConfig(Settings):
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
     `chat_template`: Jinja text that replaces the model's own.
+    `fit`: what becomes of a model that does not fit into memory: "refuse" raises, "auto" makes its KV cache
+    smaller, down to `n_ctx_min` tokens, then offloads fewer layers; a warning and `worker.config` tell.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -74,6 +76,8 @@ class ModelConfig(Settings):
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     pooling: Pooling = "model"
     chat_template: str | None = None
+    fit: Literal["refuse", "auto"] = "refuse"
+    n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
 
 
 class WorkerConfig(Settings):
@@ -81,9 +85,26 @@ class WorkerConfig(Settings):
 
     `queue_size`: requests that may wait in the channel. `on_full`: "wait" blocks the caller (or awaits)
     until there is room, "reject" raises QueueFull at once. `step_budget_ms`: how long one step may take
-    while somebody is decoding; longer prompts are prefilled in chunks of about this time.
+    while somebody is decoding; longer prompts are prefilled in chunks of about this time. `stall_timeout`:
+    seconds after which a stream whose reader takes nothing, although events wait, ends with StreamStalled and
+    frees its slot. None: never, a slow reader is no error. `keep_alive`:
+    seconds after which a model that nobody uses is unloaded; the next request loads it again. None: never.
+
+    `step_timeout`: seconds after which one step, a decode or a batch of embeddings, is taken for hanging; choose
+    many times what your longest step takes. It is aborted, and its requests fail with GenerationError. If it does
+    not end within as long again the worker is dead: everyone is answered with WorkerDied and the thread is given
+    up, with the model's memory. None: never.
+
+    `contain_crashes`: when llama.cpp aborts (a failed GGML_ASSERT, an uncaught C++ exception) on the worker's
+    threads, the process lives on. The thread is parked for ever, the memory of its model is lost, and everyone is
+    answered with WorkerDied; a new worker can be opened. This concerns the whole process: it replaces ggml's
+    abort callback and the C++ terminate handler. Segmentation faults are not contained.
     """
 
     queue_size: Annotated[int, Field(ge=1, le=100_000)] = 8
+    stall_timeout: Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)] = None
+    keep_alive: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     on_full: Literal["wait", "reject"] = "wait"
     step_budget_ms: Annotated[float, Field(ge=1, le=60_000, allow_inf_nan=False)] = 100.0
+    step_timeout: Annotated[float | None, Field(gt=0, le=86_400, allow_inf_nan=False)] = None
+    contain_crashes: bool = False

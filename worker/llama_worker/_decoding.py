@@ -15,7 +15,7 @@ from functools import partial
 from typing import assert_never
 
 from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine
-from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError
+from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
 from llama_worker._logprobs import logprob_of
@@ -31,9 +31,12 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
     scheduler = loaded.scheduler
     for generation, ops in scheduler.admit(newcomers=newcomers) if scheduler.waiting else ():
         apply(loaded.engine, ops)
+        service.meter.begun(generation.command.record, generation.command.submitted, service.clock())
         _start(loaded, generation)
     if scheduler.is_short_of_cells:
+        running = len(scheduler.running)
         apply(loaded.engine, scheduler.make_room())
+        service.meter.preemptions += running - len(scheduler.running)
     batch = scheduler.plan()
     if batch is None:
         _fail_stuck(loaded)
@@ -84,14 +87,17 @@ def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
         if status is DecodeStatus.OK:
             return batch
         if status is DecodeStatus.KV_FULL:
-            smaller = _relieve(loaded, batch)
+            smaller = _relieve(service, loaded, batch)
             if smaller is None:
                 return None
+            service.meter.kv_recoveries += 1
             batch = smaller
             continue
         if status is DecodeStatus.ABORTED:
             service.n_aborts += 1
             _resync(loaded, batch)
+            if service.calls.overdue is not None:
+                _fail_overdue(loaded, batch, service.calls.overdue)
         else:
             _fail_batch(loaded, batch, status)
         return None
@@ -109,13 +115,19 @@ def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatu
     for generation in parts:
         generation.cancel.arm(abort)
     started = service.clock()
+    service.calls.begin(started)
     try:
         status = engine.decode(batch.spans)
     finally:
         for generation in parts:
             generation.cancel.disarm()
+        service.calls.end()
     if status is DecodeStatus.OK:
-        loaded.scheduler.observe(batch.n_rows, (service.clock() - started) * 1000)
+        ended = service.clock()
+        loaded.scheduler.observe(batch.n_rows, (ended - started) * 1000)
+        service.meter.decoded(batch, started, ended)
+    else:
+        service.meter.not_decoded(status.name.lower())
     return status
 
 
@@ -124,7 +136,7 @@ def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> Non
         flag.raise_()
 
 
-def _relieve(loaded: Loaded, batch: Batch) -> Batch | None:
+def _relieve(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
     """The engine has no room for `batch` although the books said so: evict, halve, preempt, start over, fail."""
     scheduler = loaded.scheduler
     if (op := scheduler.cache.evict(batch.n_rows)) is not None:
@@ -133,6 +145,7 @@ def _relieve(loaded: Loaded, batch: Batch) -> Batch | None:
     if batch.n_rows > 1:
         return scheduler.plan(batch.n_rows // 2)
     if (op := scheduler.preempt()) is not None:
+        service.meter.preemptions += 1
         apply(loaded.engine, [op])
         return scheduler.plan(1)
     if (op := scheduler.start_over()) is not None:
@@ -153,6 +166,15 @@ def _resync(loaded: Loaded, batch: Batch) -> None:
             loaded.engine.seq_clear(span.seq)
             keep = 0
         loaded.scheduler.resync(generation, span, keep)
+
+
+def _fail_overdue(loaded: Loaded, batch: Batch, limit: float) -> None:
+    """The watchdog ended this decode. To try it again would take as long again; who was cancelled hears of that."""
+    logger.error("a step of %d rows of %d sequences took longer than %g s", batch.n_rows, len(batch.parts), limit)
+    for generation in batch.parts:
+        if not generation.cancel.is_set:
+            generation.fail(took_too_long(limit))
+            loaded.retire(generation)
 
 
 def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from llama_worker._engine.base import Aborted
-from llama_worker._errors import LlamaWorkerError
-from llama_worker._service import Loaded
+from collections.abc import Sequence
+
+from llama_worker._embeddings import Text
+from llama_worker._engine.base import Aborted, Floats
+from llama_worker._errors import LlamaWorkerError, took_too_long
+from llama_worker._service import Loaded, Service
 
 
-def embed(loaded: Loaded) -> None:
+def embed(service: Service, loaded: Loaded) -> None:
     """One batch of texts, of as many requests as fit together."""
     batch = loaded.embeds.next_batch()
     if not batch:
@@ -18,9 +21,12 @@ def embed(loaded: Loaded) -> None:
     for command in commands:
         command.cancel.arm(flag.raise_)
     try:
-        vectors = loaded.engine.embed([text.tokens for text in batch])
+        vectors = _embed(service, loaded, batch)
     except Aborted:
-        pass  # tried again at the next step, without those that were cancelled
+        limit = service.calls.overdue
+        if limit is not None:
+            loaded.embeds.fail([text for text in batch if not text.command.cancel.is_set], took_too_long(limit))
+        # else tried again at the next step, without those that were cancelled
     except LlamaWorkerError as exc:
         loaded.embeds.fail(batch, exc)
     else:
@@ -28,3 +34,11 @@ def embed(loaded: Loaded) -> None:
     finally:
         for command in commands:
             command.cancel.disarm()
+
+
+def _embed(service: Service, loaded: Loaded, batch: Sequence[Text]) -> Floats:
+    service.calls.begin(service.clock())
+    try:
+        return loaded.engine.embed([text.tokens for text in batch])
+    finally:
+        service.calls.end()

@@ -1,8 +1,8 @@
 """EmbedQueue: texts of many requests, packed into batches of like length.
 
 Texts of one batch share the pass over the weights, but attention inside a batch grows with the square of
-its rows; so batches are filled up to a point only, with texts as equal in length as can be had. The oldest
-request's longest text begins each batch, so nobody starves.
+its rows; so batches are filled up to a point only, with texts as equal in length as can be had. The longest text
+of each request in turn begins a batch, so one of ten thousand texts does not hold up one of a single text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from llama_worker._commands import Embed, settle
+from llama_worker._commands import Embed
 from llama_worker._engine.base import EngineLimits, Floats
 from llama_worker._tokens import TokenIds
 
@@ -42,7 +42,7 @@ class _Progress:
 
 
 class EmbedQueue:
-    """The embedding requests of one engine, oldest first. The worker thread's."""
+    """The embedding requests of one engine, in the order of their turns. The worker thread's."""
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
@@ -53,6 +53,11 @@ class EmbedQueue:
 
     def __len__(self) -> int:
         return len(self._progress)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether to take another request from the channel: as many as can share a batch."""
+        return len(self._progress) < self._limits.n_embed_seq
 
     @property
     def has_begun(self) -> bool:
@@ -92,6 +97,7 @@ class EmbedQueue:
             progress = self._progress[text.command]
             progress.vectors[text.index] = (unit if text.command.job.request.normalize else plain).tolist()
             progress.left.remove(text)
+        self._progress[batch[0].command] = self._progress.pop(batch[0].command)  # it led, so others are before it now
         for command in {id(text.command): text.command for text in batch}.values():
             self._answer_if_complete(command)
 
@@ -104,7 +110,7 @@ class EmbedQueue:
     def _answer_if_complete(self, command: Embed) -> None:
         progress = self._progress[command]
         if not progress.left:
-            settle(command.answer, result=progress.vectors)
+            command.succeed(progress.vectors)
             self.remove(command)
 
 

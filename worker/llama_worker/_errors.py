@@ -13,6 +13,7 @@ LlamaWorkerError
 │   └── UnsupportedFeatureError the loaded model cannot do this
 ├── QueueFull                   try later
 ├── DeadlineExceeded            it took longer than the caller allowed
+├── StreamStalled               the reader stopped reading; `stall_timeout` freed its slot
 ├── GenerationCancelled         the caller cancelled; raised by the non-streaming calls only
 ├── GenerationError             the engine failed this request; the worker serves on
 └── WorkerClosed                the worker was closed; open another
@@ -160,6 +161,16 @@ class DeadlineExceeded(LlamaWorkerError):
         self.timeout = timeout
 
 
+class StreamStalled(LlamaWorkerError):
+    """The stream's reader took nothing for `stall_timeout` seconds although events waited; what came so far is kept."""
+
+    def __init__(self, stall_timeout: float) -> None:
+        super().__init__(
+            f"nothing was read for stall_timeout={stall_timeout:g} s; read the stream on, close it, or allow more"
+        )
+        self.stall_timeout = stall_timeout
+
+
 class GenerationCancelled(LlamaWorkerError):
     """The request was cancelled. `partial` is the reply as far as it had come; None if nothing had begun."""
 
@@ -172,6 +183,10 @@ class GenerationError(LlamaWorkerError):
     """The engine failed this request. The worker serves others on."""
 
 
+def took_too_long(limit: float) -> GenerationError:
+    return GenerationError(f"a step took longer than step_timeout={limit:g} s; allow more, or lower n_batch")
+
+
 class WorkerClosed(LlamaWorkerError):
     """The worker is closed, or was closed before it could answer."""
 
@@ -180,4 +195,13 @@ class WorkerClosed(LlamaWorkerError):
 
 
 class WorkerDied(WorkerClosed):
-    """The worker thread ended by an exception, which is this error's `__cause__`."""
+    """The worker thread ended by an exception, which is this error's `__cause__`, or it was given up.
+
+    It is given up, and there is no `__cause__`, when llama.cpp crashed (`contain_crashes`) or hung (`step_timeout`).
+
+    `retry_after`: seconds until get_worker starts another one; None when it does so at once.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -56,12 +56,16 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The request ended in order, or was cancelled. `text` is the join of all deltas."""
+    """The request ended in order, or was cancelled. `text` is the join of all deltas.
+
+    `model` is the name of the model that answered.
+    """
 
     reason: FinishReason
     text: str
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,7 +110,7 @@ class Generation:
     def finish(self, reason: FinishReason) -> None:
         """Say the last word, behind what was held back."""
         self.flush()
-        self.command.sink.put(self.reply.finished(reason, self.usage))
+        self.command.end(self.reply.finished(reason, self.usage, self.command.job.model))
 
     def fail(self, error: Exception) -> None:
-        self.command.sink.put(Failed(error=error, text=self.reply.text, usage=self.usage))
+        self.command.end(Failed(error=error, text=self.reply.text, usage=self.usage))

@@ -10,13 +10,14 @@ from llama_worker._tokens import TokenIds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
-    """A generation, prepared for the model of `epoch`: its prompt, and how many tokens may follow.
+    """A generation, prepared for the model of `epoch`, named `model`: its prompt, and how many tokens may follow.
 
     `prefix_digest` identifies the prompt's tokens for the splice of known replies; None for raw prompts.
     """
 
     request: GenerationRequest
     epoch: int
+    model: str
     prompt: TokenIds
     max_tokens: int
     prefix_digest: bytes | None

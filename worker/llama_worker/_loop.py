@@ -13,20 +13,21 @@ from __future__ import annotations
 import logging
 from typing import assert_never
 
-from llama_worker._commands import Embed, Reload, Request, Shutdown, settle
+from llama_worker._commands import Embed, Generate, Reload, Request, Shutdown, settle
 from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._errors import (
     DeadlineExceeded,
     LlamaWorkerError,
-    ModelLoadError,
+    StreamStalled,
     WorkerClosed,
     WorkerDied,
     copy_of,
 )
 from llama_worker._generation import Generation
-from llama_worker._reloading import continue_reload, load, unload
-from llama_worker._service import Loaded, Service
+from llama_worker._reloading import begin_loading, begin_reload, continue_change, let_go, unload
+from llama_worker._service import Loaded, Service, State
+from llama_worker._stall import StallWatch
 
 logger = logging.getLogger("llama_worker")
 
@@ -37,7 +38,7 @@ def run(service: Service) -> None:
     """Load the model and serve until Shutdown. The body of the worker thread."""
     cause: BaseException | None = None
     try:
-        load(service, service.config)
+        begin_loading(service, service.config)
         while step(service):
             pass
     except BaseException as exc:  # noqa: BLE001  whatever it is, everyone waiting must hear of it
@@ -51,19 +52,32 @@ def step(service: Service) -> bool:
     if service.channel.has_controls and not _obey(service):
         return False
     _answer_ended(service)
-    if service.reloading is not None:
-        continue_reload(service)
+    if service.change is not None and continue_change(service, service.change):
         return True
     _take_requests(service)
     loaded = service.loaded
     if loaded is None or loaded.is_idle:
-        service.channel.wait(_IDLE_LOOK)
+        _rest(service)
         return True
+    service.idle_since = None
     generate(service, loaded)
     if loaded.embeds:
-        embed(loaded)
+        embed(service, loaded)
     service.n_steps += 1
+    service.meter.last_step = service.clock()
     return True
+
+
+def _rest(service: Service) -> None:
+    """Wait for something to do; let an idle model go when its time is up."""
+    now = service.clock()
+    since = service.idle_since = now if service.idle_since is None else service.idle_since
+    if service.keep_alive is None or service.loaded is None or service.preparing or service.renewed:
+        service.channel.wait(_IDLE_LOOK)
+    elif now - since < service.keep_alive:
+        service.channel.wait(min(_IDLE_LOOK, service.keep_alive - (now - since)))
+    else:
+        let_go(service)
 
 
 def _obey(service: Service) -> bool:
@@ -72,10 +86,7 @@ def _obey(service: Service) -> bool:
             case Shutdown():
                 return False
             case Reload():
-                if service.reloading is not None:
-                    settle(service.reloading.answer, error=ModelLoadError("superseded by a later reload"))
-                service.reloading = control
-                service.state = "draining"
+                begin_reload(service, control)
             case _:
                 assert_never(control)
     return True
@@ -87,21 +98,34 @@ def _take_requests(service: Service) -> None:
         _collect_renewed(service)
     while service.renewed and _place(service, service.renewed[0]):
         service.renewed.pop(0)
-    while not service.renewed and service.channel.queued and _place(service, request := service.channel.peek()):
-        service.channel.drop(request)
+    # Only so many are prepared again at once: the others keep their turns, and their places count, in the channel.
+    while not service.renewed and service.channel.queued and len(service.preparing) < service.channel.capacity:
+        request = service.channel.peek()
+        if _would_overtake(service, request) or not _place(service, request):
+            return
+        service.channel.take(request)
+
+
+def _would_overtake(service: Service, request: Request) -> bool:
+    """Whether it is ready while others, who came before it, are being prepared again."""
+    loaded = service.loaded
+    return bool(service.preparing) and loaded is not None and request.job.epoch == loaded.view.epoch
 
 
 def _place(service: Service, request: Request) -> bool:
     """Enter `request` into its next container, or refuse it. False when it has to stay where it is."""
     loaded = service.loaded
     if loaded is None:
-        request.fail(service.refusal or WorkerClosed())
+        if service.refusal is None:  # let go while it was idle
+            begin_loading(service, service.config)
+            return False
+        request.fail(service.refusal)
     elif request.job.epoch != loaded.view.epoch:
         service.preparing.append(request)
         service.preparer.renew(request, loaded.view, service.channel.nudge)
-    elif isinstance(request, Embed):
+    elif isinstance(request, Embed) and loaded.embeds.has_room:
         loaded.embeds.add(request)
-    elif loaded.scheduler.has_room:
+    elif isinstance(request, Generate) and loaded.scheduler.has_room:
         loaded.scheduler.add(request, loaded.view.vocabulary)
     else:
         return False
@@ -129,6 +153,8 @@ def _answer_ended(service: Service) -> None:
     loaded = service.loaded
     if loaded is None:
         return
+    if service.stalls is not None:
+        _fail_stalled(service, loaded, service.stalls)
     for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
         if generation.cancel.is_set or service.is_past(generation.command.deadline):
             _end_early(loaded, generation)
@@ -155,33 +181,55 @@ def _end_early(loaded: Loaded, generation: Generation) -> None:
     loaded.retire(generation)
 
 
+def _fail_stalled(service: Service, loaded: Loaded, stalls: StallWatch) -> None:
+    for generation in stalls.look([*loaded.scheduler.running, *loaded.scheduler.waiting], service.clock()):
+        generation.fail(StreamStalled(stalls.timeout))
+        loaded.retire(generation)
+
+
 def _exceeded(request: Request) -> DeadlineExceeded:
     return DeadlineExceeded(request.job.request.timeout)
 
 
 def end(service: Service, cause: BaseException | None) -> None:
     """Close the channel, answer everyone, free the model. Nothing may keep a caller waiting here."""
-    error = _last_words(service, cause)
-    service.state = "closed" if cause is None else "dead"
+    if service.parked:
+        service.ended.result()  # the watchdog has answered everyone, or is about to
+    else:
+        dismiss(service, _last_words(service, cause), "closed" if cause is None else "dead")
+    change = service.change
+    try:
+        unload(service)
+        if change is not None and change.loading is not None:
+            change.loading.cancel()
+            change.loading.join()
+    except Exception:
+        logger.exception("the model could not be freed in order")
+    service.change = None  # not before: until then the watchdog looks after the loading thread
+    service.launch.close()
+    service.preparer.close()
+    settle(service.ended)
+
+
+def dismiss(service: Service, error: LlamaWorkerError, state: State) -> None:
+    """Close the channel and answer everyone with `error`. The engine is not touched.
+
+    Called by the worker thread, or by the watchdog when that thread was given up.
+    """
+    service.state = state
     service.refusal = error
+    service.publish(error)  # before the channel wakes those who wait for room: they ask why
     requests, controls = service.channel.close()
-    service.publish(error)
     for waiting in [*requests, *controls, *service.preparing, *service.renewed]:
         waiting.fail(copy_of(error))
-    if service.reloading is not None:
-        service.reloading.fail(copy_of(error))
+    if service.change is not None:
+        service.change.answer(copy_of(error))
     loaded = service.loaded
     if loaded is not None:
         for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
             generation.fail(copy_of(error))
         for command in loaded.embeds.requests():
             command.fail(copy_of(error))
-    try:
-        unload(service)
-    except Exception:
-        logger.exception("the model could not be freed in order")
-    service.preparer.close()
-    settle(service.ended)
 
 
 def _last_words(service: Service, cause: BaseException | None) -> LlamaWorkerError:

@@ -1,27 +1,29 @@
-"""Whether a model fits into this machine's memory, decided before anything is allocated.
+"""What a model would take of this machine's memory, from its header alone, before anything is allocated.
 
-The KV cache is computed exactly, compute buffers are estimated on the high side. Weights that are mapped
-from the file are lent by the page cache, which gives them back under pressure: they are shown, but only
-KV and buffers must fit. With load_mode "none", "mlock" or "direct_io" the weights must fit too.
+    weights      the bytes of all tensors; exact
+    KV cache     cells x layers x heads, and the states of recurrent layers; exact
+    compute      one graph's buffers, the rows of logits, the vocabulary's tables; estimated on the high side
+    embedding    KV cache, buffers and output rows of the context that embeds texts, made at its first use
 
-Layers on a GPU need that device's memory, which llama.cpp itself checks; they are left out here.
+Weights that are mapped from the file are lent by the page cache, which gives them back under pressure: they
+are shown, but need not fit into RAM. With load_mode "none", "mlock" or "direct_io" they must. Layers that are
+offloaded take their device's memory instead.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import ModelInfo
-from llama_worker._engine.header import Header, gpu_available
-from llama_worker._errors import InsufficientMemoryError
-from llama_worker._models import read_model
+from llama_worker._engine.embedding import can_embed, embedding_limits
+from llama_worker._engine.header import Header
+from llama_worker._free_memory import FreeMemory, free_memory
+from llama_worker._models import ENCODERS, ModelFile, read_model, resolve
 
 # Type -> bytes of one block and elements in it.
 _BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
@@ -36,105 +38,173 @@ _BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
     "iq4_nl": (18, 32),
 }
 _FLOAT: Final = 4
-_CELL_STEP: Final = 256
+_HALF: Final = 2
+CELL_STEP: Final = 256
+"""llama.cpp pads the KV cache to so many cells."""
+# What a token takes in the tables of the vocabulary, the model's own and ours together.
+_TOKEN_ENTRY: Final = 512
 _MAPPED_MODES: Final = frozenset({"auto", "mmap"})
+_OUTPUT: Final = "output.weight"
+_EMBEDDING: Final = "token_embd.weight"
+_LAYER: Final = re.compile(r"blk\.(\d+)\.")
+# Tensors that llama.cpp keeps in RAM: rows are looked up in them.
+_INPUTS: Final = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of RAM. `n_cells` is the number of tokens that the KV cache holds.
+    """What a model would take and what there is, in bytes, and whether that fits.
 
-    `kv` includes the states of recurrent layers. `weights_resident` says whether the weights must fit,
-    or are mapped and may be paged.
+    `kv` is for `n_cells` tokens and includes the states of recurrent layers. `embedding` is taken when the
+    first text is embedded; it must be free beforehand only for a model that does nothing else.
+    `free_ram` respects the limits of control groups. `free_device` is None where no layer is offloaded.
+    `needed_ram` and `needed_device` are what must be free before the model is opened; mapped weights are
+    not part of it (`weights_resident` is False). `verdict` says it in words, with the way out.
     """
 
     weights: int
     kv: int
     compute: int
-    available: int
-    installed: int
+    embedding: int
+    free_ram: int
+    free_device: int | None
+    needed_ram: int
+    needed_device: int
     n_cells: int
     weights_resident: bool
+    verdict: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_ram <= self.free_ram and self.needed_device <= (self.free_device or 0)
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.compute
-
-    @property
-    def needed(self) -> int:
-        """What must be free before the model is opened."""
-        return self.total if self.weights_resident else self.kv + self.compute
+        """What the model takes when everything of it is in use."""
+        return self.weights + self.kv + self.compute + self.embedding
 
 
-def check_fits(info: ModelInfo, config: ModelConfig, *, freed: int = 0) -> MemoryPlan:
-    """The plan, if it fits. Allocates nothing; milliseconds; any thread.
+def plan_memory(model: str | ModelConfig) -> MemoryPlan:
+    """What `model` would take of this machine, and whether it fits. Loads nothing; milliseconds; any thread.
 
-    `freed`: bytes that will be given back first, when this model replaces another.
-    Raises InsufficientMemoryError with the arithmetic and the way out, and what `read_model` raises.
+    A name stands for its default ModelConfig. Raises ModelNotFoundError and ModelLoadError.
     """
-    memory = plan(info, config)
-    available = memory.available + freed
-    if memory.needed > available:
-        raise InsufficientMemoryError(refusal(info, config, memory, freed), needed=memory.needed, available=available)
-    return memory
+    config = ModelConfig(model=model) if isinstance(model, str) else model
+    return planned(read_model(resolve(config.model)), config, free_memory())
 
 
 def plan(info: ModelInfo, config: ModelConfig) -> MemoryPlan:
-    """What `config` would need of the model that `info` describes. Raises what `read_model` raises."""
-    file = read_model(Path(info.path))
-    on_cpu = _share_on_cpu(info, config)
-    n_cells = 0 if _is_encoder(info, file.header) else _n_cells(info, config)
-    kv = _kv_bytes(info, config, file.header, n_cells)
-    return MemoryPlan(
-        weights=int(on_cpu * sum(header.n_bytes for header in file.headers)),
-        kv=int((on_cpu if config.offload_kqv else 1.0) * kv),
-        compute=_compute_bytes(info, config, file.header, n_cells),
-        available=available_bytes(),
-        installed=_installed_bytes(),
-        n_cells=n_cells,
-        weights_resident=config.load_mode not in _MAPPED_MODES,
+    """`plan_memory` for the model that `info` describes. Raises what `read_model` raises."""
+    return planned(read_model(Path(info.path)), config, free_memory())
+
+
+def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPlan:
+    """What `config` takes of the model in `file`, held against what is free. Pure."""
+    parts = _Parts.of(file, config)
+    n_devices, free_device = free.spread(config)
+    n_offloaded = offloaded_layers(file.info, config) if n_devices else 0
+    needed_ram, needed_device = parts.placed(config, n_offloaded, n_devices)
+    memory = MemoryPlan(
+        weights=parts.weights,
+        kv=sum(parts.kv_layers),
+        compute=parts.compute,
+        embedding=parts.embedding,
+        free_ram=free.ram,
+        free_device=free_device if n_offloaded else None,
+        needed_ram=needed_ram,
+        needed_device=needed_device,
+        n_cells=parts.n_cells,
+        weights_resident=_is_resident(config),
+        verdict="",
     )
+    return replace(memory, verdict=_verdict(memory, config))
 
 
-def _share_on_cpu(info: ModelInfo, config: ModelConfig) -> float:
-    if config.n_gpu_layers == 0 or not gpu_available():
-        return 1.0
-    layers = info.n_layer + 1  # the output layer counts as one
-    offloaded = layers if config.n_gpu_layers < 0 else min(layers, config.n_gpu_layers)
-    return 1.0 - offloaded / layers
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What there is to place.
+
+    `weight_layers`: bytes of each layer's tensors, the output last; `tied`: of its copy of the embedding, if it
+    has none of its own. `kv_layers`: bytes of each layer; empty for a model that only embeds.
+    """
+
+    weights: int
+    weight_layers: tuple[int, ...]
+    tied: int
+    kv_layers: tuple[int, ...]
+    compute: int
+    embedding: int
+    n_cells: int
+
+    @classmethod
+    def of(cls, file: ModelFile, config: ModelConfig) -> _Parts:
+        info, header = file.info, file.header
+        tensors = {name: size for part in file.headers for name, size in part.tensors.items()}
+        n_cells = padded(cells_asked(info, config))
+        return cls(
+            weights=sum(part.n_bytes for part in file.headers),
+            weight_layers=_weight_layers(info, tensors),
+            tied=0 if _OUTPUT in tensors or info.architecture in ENCODERS else tensors.get(_EMBEDDING, 0),
+            kv_layers=() if info.is_embedding else tuple(_layer_sizes(info, config, header, n_cells)),
+            compute=_TOKEN_ENTRY * info.n_vocab
+            + (0 if info.is_embedding else _compute_bytes(info, config, header, n_cells)),
+            embedding=_embedding_bytes(info, config, header),
+            n_cells=n_cells,
+        )
+
+    @property
+    def buffers(self) -> int:
+        """What must be there besides weights and KV cache; a model that only embeds has but one context."""
+        return self.compute + (0 if self.kv_layers else self.embedding)
+
+    def placed(self, config: ModelConfig, n_offloaded: int, n_devices: int) -> tuple[int, int]:
+        """What must be free in RAM and on devices. Both sides may need the buffers, and each device its own."""
+        first = len(self.weight_layers) - n_offloaded  # the output goes first, then the last layer, and so on
+        weights_off = sum(self.weight_layers[first:])
+        kv_off = sum(self.kv_layers[first:]) if config.offload_kqv else 0
+        weights = self.weights - weights_off if _is_resident(config) else 0
+        ram = weights + sum(self.kv_layers) - kv_off + self.buffers
+        return ram, weights_off + self.tied + kv_off + n_devices * self.buffers if n_offloaded else 0
 
 
-def _is_encoder(info: ModelInfo, header: Header) -> bool:
-    """Whether attention looks both ways, so that nothing is kept from one batch to the next."""
-    return header.values.get(f"{info.architecture}.attention.causal") is False or (
-        info.is_embedding and "bert" in info.architecture
-    )
+def _weight_layers(info: ModelInfo, tensors: Mapping[str, int]) -> tuple[int, ...]:
+    layers = [0] * (info.n_layer + 1)
+    for name, size in tensors.items():
+        layer = _LAYER.match(name)
+        if layer is not None or not name.startswith(_INPUTS):
+            layers[min(int(layer[1]), info.n_layer) if layer else -1] += size
+    return tuple(layers)
 
 
-def _n_cells(info: ModelInfo, config: ModelConfig) -> int:
-    cells = config.n_batch if info.is_embedding else config.n_kv_cells or config.n_ctx or info.n_ctx_train
-    return _padded(cells)
+def _is_resident(config: ModelConfig) -> bool:
+    return config.load_mode not in _MAPPED_MODES
 
 
-def _padded(cells: int) -> int:
-    return -(-cells // _CELL_STEP) * _CELL_STEP
+def offloaded_layers(info: ModelInfo, config: ModelConfig) -> int:
+    """How many layers `config` wants on devices, the output layer counted as one."""
+    layers = info.n_layer + 1
+    return layers if config.n_gpu_layers < 0 else min(layers, config.n_gpu_layers)
 
 
 # --- KV cache and recurrent states
 
 
-def _kv_bytes(info: ModelInfo, config: ModelConfig, header: Header, n_cells: int) -> int:
-    if not n_cells:
-        return 0
+def cells_asked(info: ModelInfo, config: ModelConfig) -> int:
+    """How many tokens the KV cache shall hold; 0 for a model that only embeds."""
+    return 0 if info.is_embedding else config.n_kv_cells or config.n_ctx or info.n_ctx_train
+
+
+def padded(cells: int) -> int:
+    return -(-cells // CELL_STEP) * CELL_STEP
+
+
+def _layer_sizes(info: ModelInfo, config: ModelConfig, header: Header, n_cells: int) -> Iterator[int]:
+    """Bytes that each layer keeps: of attention, or the states of all sequences."""
     kv_heads = _kv_heads(info, header)
-    attention = sum(
-        _layer_bytes(info, config, header, heads, cells)
-        for heads, cells in zip(kv_heads, _layer_cells(info, config, header, n_cells), strict=True)
-        if heads
-    )
-    n_stateful = sum(heads == 0 for heads in kv_heads) if any(kv_heads) else info.n_layer
-    state = _state_bytes(info, header) * n_stateful * config.n_parallel
-    return attention + state
+    # A layer without heads of its own keeps a state or, in a model without states, borrows another layer's cache.
+    state = _state_bytes(info, header) * config.n_parallel
+    for heads, cells in zip(kv_heads, _layer_cells(info, config, header, n_cells), strict=True):
+        yield _layer_bytes(info, config, header, heads, cells) if heads else state
 
 
 def _kv_heads(info: ModelInfo, header: Header) -> tuple[int, ...]:
@@ -156,7 +226,7 @@ def _layer_cells(info: ModelInfo, config: ModelConfig, header: Header, n_cells: 
     pattern = header.values.get(f"{info.architecture}.attention.sliding_window_pattern")
     window = n_cells
     if not config.swa_full and info.n_swa:
-        window = min(n_cells, _padded(info.n_swa * config.n_parallel + config.n_ubatch))
+        window = min(n_cells, padded(info.n_swa * config.n_parallel + config.n_ubatch))
     for layer in range(info.n_layer):
         yield window if _slides(pattern, layer) else n_cells
 
@@ -197,99 +267,92 @@ def _state_bytes(info: ModelInfo, header: Header) -> int:
     return _FLOAT * (convolution + scan + short + wkv + delta)
 
 
-# --- compute buffers
+# --- buffers
 
 
 def _compute_bytes(info: ModelInfo, config: ModelConfig, header: Header, n_cells: int) -> int:
-    """An upper estimate of one graph's buffers: activations of a micro-batch, attention, logits."""
-    rows = config.n_batch if info.is_embedding else min(config.n_ubatch, config.n_batch)
-    width = header.integer(f"{info.architecture}.feed_forward_length", 4 * info.n_embd)
-    activations = rows * (8 * info.n_embd + 3 * width)
-    mask, scores = 2, info.n_head if config.flash_attn == "off" else 0
-    attention = rows * max(n_cells, rows) * (mask + scores)
-    logits = 0 if info.is_embedding else 2 * config.n_parallel * info.n_vocab
-    return _FLOAT * (activations + attention + logits)
+    """The graph of a micro-batch, and a row of logits for each sequence, in the graph and copied out of it."""
+    rows = min(config.n_ubatch, config.n_batch)
+    return _graph_bytes(info, config, header, rows, n_cells) + 2 * _FLOAT * config.n_parallel * info.n_vocab
 
 
-# --- what there is
+def _graph_bytes(info: ModelInfo, config: ModelConfig, header: Header, rows: int, cells: int) -> int:
+    """Activations, attention masks and, without flash attention, scores: as many as live at once."""
+
+    def of(name: str) -> int:
+        return header.integer(f"{info.architecture}.{name}")
+
+    wide = max(of("feed_forward_length"), of("expert_feed_forward_length") * of("expert_used_count"))
+    activations = _FLOAT * rows * (8 * info.n_embd + 3 * (wide or 4 * info.n_embd) + 6 * of("ssm.inner_size"))
+    n_masks = (2 if info.n_swa else 1) if any(_kv_heads(info, header)) else 0
+    # A cache of low precision, and "auto" wherever the device can, means flash attention: masks of F16, no scores.
+    seen = _FLOAT * (n_masks + info.n_head) if config.flash_attn == "off" else _HALF * n_masks
+    return activations + rows * max(cells, rows) * seen
 
 
-def available_bytes(cgroup: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """RAM that this process may still take: the machine's, or less where a container's limit says so."""
-    rooms = (limit - used for limit, used in _cgroup_limits(cgroup, membership))
-    return max(0, min([int(psutil.virtual_memory().available), *rooms]))
-
-
-def _installed_bytes() -> int:
-    return int(psutil.virtual_memory().total)
-
-
-def _cgroup_limits(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
-    """(limit, use) of each control group around this process that has a limit, version 2 and 1."""
-    for version_root, names, path in _cgroups(root, membership):
-        folder = version_root / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(version_root):
-                break
-            limit, used = _number(group / names[0]), _number(group / names[1])
-            if limit is not None and used is not None:
-                yield limit, max(0, used - _reclaimable(group))
-
-
-def _cgroups(root: Path, membership: Path) -> Iterator[tuple[Path, tuple[str, str], str]]:
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield root, ("memory.max", "memory.current"), path
-        elif "memory" in controllers.split(","):
-            yield root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), path
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
-
-
-def _reclaimable(group: Path) -> int:
-    """File cache that the kernel gives back before it refuses memory."""
-    try:
-        found = re.search(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-    except OSError:
+def _embedding_bytes(info: ModelInfo, config: ModelConfig, header: Header) -> int:
+    """A context for one batch, with its logits, and an output row of logits and states for every token of it."""
+    if not can_embed(config, info):
         return 0
-    return int(found[1]) if found else 0
+    n_tokens, _, n_seq = embedding_limits(config, info)
+    rows = -(-n_tokens // n_seq) * n_seq
+    own = config.model_copy(
+        update={"n_parallel": n_seq, "type_k": "f16", "type_v": "f16", "swa_full": True, "flash_attn": "auto"}
+    )
+    output = _FLOAT * rows * (info.n_vocab + info.n_embd)
+    graph = _graph_bytes(info, own, header, rows, rows)
+    if info.architecture in ENCODERS:  # no KV cache, no output head
+        return output + graph
+    return output + graph + _FLOAT * rows * info.n_vocab + sum(_layer_sizes(info, own, header, padded(rows)))
 
 
 # --- saying so
 
 
-def refusal(info: ModelInfo, config: ModelConfig, memory: MemoryPlan, freed: int = 0) -> str:
-    """The arithmetic of a plan that does not fit, and what to do."""
-    weights = f"{shown_bytes(memory.weights)} weights + " if memory.weights_resident else ""
+def _verdict(memory: MemoryPlan, config: ModelConfig) -> str:
+    if not memory.fits:
+        return f"does not fit: {_shortage(memory, config)}. Try {', '.join(_ways_out(memory, config))}"
+    device = ""
+    if memory.free_device is not None:
+        device = f", {shown_bytes(memory.needed_device)} of {shown_bytes(memory.free_device)} on devices"
+    later = ""
+    if memory.needed_ram + memory.embedding > memory.free_ram and memory.n_cells:
+        later = f"; embedding texts would take {shown_bytes(memory.embedding)} more, which is not there"
+    return f"fits: needs {shown_bytes(memory.needed_ram)} of {shown_bytes(memory.free_ram)} free RAM{device}{later}"
+
+
+def _shortage(memory: MemoryPlan, config: ModelConfig) -> str:
+    """The arithmetic of what is short: RAM, or the devices."""
+    if memory.needed_ram <= memory.free_ram:
+        return (
+            f"{shown_bytes(memory.needed_device)} of weights, KV cache and buffers needed on devices, "
+            f"{shown_bytes(memory.free_device or 0)} free there"
+        )
+    parts = [f"{shown_bytes(memory.weights)} weights"] if memory.weights_resident else []
+    if memory.n_cells:
+        parts.append(
+            f"{shown_bytes(memory.kv)} KV cache for {memory.n_cells} tokens ({config.type_k} K, {config.type_v} V)"
+        )
+    parts.append(f"{shown_bytes(memory.compute)} compute buffers")
+    if not memory.n_cells:
+        parts.append(f"{shown_bytes(memory.embedding)} to embed a batch")
     mapped = "" if memory.weights_resident else f" (weights of {shown_bytes(memory.weights)} are mapped, not counted)"
-    later = f" and {shown_bytes(freed)} that the present model gives back" if freed else ""
-    return (
-        f"{info.name} does not fit: {weights}{shown_bytes(memory.kv)} KV cache for {memory.n_cells} tokens "
-        f"({config.type_k} K, {config.type_v} V) + {shown_bytes(memory.compute)} compute buffers "
-        f"= {shown_bytes(memory.needed)} needed{mapped}, {shown_bytes(memory.available)} available{later}. "
-        f"{_way_out(config, memory)}"
-    )
+    off = ", less what goes to devices" if memory.free_device is not None else ""
+    needed = f"{shown_bytes(memory.needed_ram)} needed{mapped}"
+    return f"{' + '.join(parts)}{off} = {needed}, {shown_bytes(memory.free_ram)} free"
 
 
-def _way_out(config: ModelConfig, memory: MemoryPlan) -> str:
+def _ways_out(memory: MemoryPlan, config: ModelConfig) -> list[str]:
     ways = []
-    if memory.kv:
-        ways.append("a smaller n_ctx or n_kv_cells")
+    if memory.n_cells and memory.kv:
+        ways.append("a smaller n_ctx or n_kv_cells, or fit='auto'" if config.fit == "refuse" else "a smaller n_ctx_min")
         if "q8_0" not in (config.type_k, config.type_v):
             ways.append("type_k='q8_0' with type_v='q8_0'")
-    if memory.weights_resident:
+    if memory.needed_ram <= memory.free_ram:
+        ways.append("a smaller n_gpu_layers")
+    elif memory.weights_resident:
         ways.append("load_mode='mmap'")
-    return f"Try {', '.join([*ways, 'a smaller n_ubatch or a smaller model'])}"
+    return [*ways, "a smaller n_ubatch or a smaller model" if memory.n_cells else "a smaller n_batch or model"]
 
 
 def shown_bytes(n: int) -> str:

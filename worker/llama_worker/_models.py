@@ -19,7 +19,7 @@ _MIB: Final = 2**20
 _MAX_LAYERS: Final = 512  # llama.cpp's own limit, which it asserts
 _POOLING: Final = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # They have no output head at all; some of their files do not say how they pool.
-_ENCODERS: Final = frozenset(
+ENCODERS: Final = frozenset(
     {
         "bert",
         "eurobert",
@@ -145,7 +145,7 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
         is_recurrent=has_state and n_head == 0,
         is_hybrid=has_state and n_head > 0,
         n_swa=header.integer(key("attention.sliding_window")),
-        is_embedding=architecture in _ENCODERS or bool(pooling),
+        is_embedding=architecture in ENCODERS or bool(pooling),
         digest=_digest(shards, headers),
     )
 

@@ -13,7 +13,7 @@ class Pace:
     """A running estimate of the time per row. Pure: the clock is read by the loop."""
 
     def __init__(self, budget_ms: float) -> None:
-        self._budget_ms = budget_ms
+        self.budget_ms = budget_ms
         self._row_ms: float | None = None
 
     def observe(self, n_rows: int, milliseconds: float) -> None:
@@ -26,4 +26,4 @@ class Pace:
     def rows(self) -> int:
         if self._row_ms is None:
             return FIRST_GUESS
-        return max(FEWEST_ROWS, int(self._budget_ms / max(self._row_ms, 1e-6)))
+        return max(FEWEST_ROWS, int(self.budget_ms / max(self._row_ms, 1e-6)))

@@ -17,7 +17,7 @@ books already say that it was done: a decision changes the state it was decided 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -125,6 +125,22 @@ class Loan:
     ops: tuple[KVOp, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """What the cache was asked for and gave up so far. Replaced as a whole: any thread may look."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    evictions: int = 0
+    evicted_tokens: int = 0
+
+    def with_loan(self, prompt: int, reused: int) -> CacheCounts:
+        return replace(self, prompt_tokens=self.prompt_tokens + prompt, reused_tokens=self.reused_tokens + reused)
+
+    def with_eviction(self, tokens: int) -> CacheCounts:
+        return replace(self, evictions=self.evictions + 1, evicted_tokens=self.evicted_tokens + tokens)
+
+
 class PrefixCache:
     """All slots of one context. Used by the worker thread only."""
 
@@ -134,6 +150,7 @@ class PrefixCache:
         self._can_trim = can_trim
         self._can_share = can_share and can_trim
         self._tick = 0
+        self.counts = CacheCounts()
 
     def __repr__(self) -> str:
         busy = sum(slot.busy for slot in self.slots)
@@ -168,18 +185,9 @@ class PrefixCache:
 
     def lend(self, prompt: TokenIds) -> Loan:
         """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books."""
-        donor, length = self.match(prompt)
-        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
-            return self._take_over(donor, length)
-        if donor is not None and self._can_share and length >= WORTH_SHARING:
-            target = self._cheapest_idle(other_than=donor)
-            if target is not None:
-                return self._share(donor, target, length)
-        if donor is not None and not donor.busy and length >= WORTH_SHARING:
-            return self._take_over(donor, length)
-        slot = self._cheapest_idle()
-        assert slot is not None, "lend() needs an idle slot"
-        return self._take_over(slot, 0)
+        loan = self._loan(prompt)
+        self.counts = self.counts.with_loan(len(prompt), loan.reused)
+        return loan
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
         """`tokens` were decoded behind what the slot holds."""
@@ -214,6 +222,7 @@ class PrefixCache:
         own = {slot.seq: self._own_cells(slot) for slot in idle}
         victim = min(idle, key=lambda slot: (own[slot.seq] == 0, slot.last_used))
         spared = victim.n - min(n_cells, own[victim.seq]) if self._can_trim and own[victim.seq] else 0
+        self.counts = self.counts.with_eviction(victim.n - spared)
         self.truncate(victim, spared)
         return Trim(victim.seq, spared) if spared else Clear(victim.seq)
 
@@ -251,6 +260,20 @@ class PrefixCache:
             return length
         # A state that cannot be cut back is of use only as a whole, to its own holder.
         return length if length == slot.n and not slot.busy else 0
+
+    def _loan(self, prompt: TokenIds) -> Loan:
+        donor, length = self.match(prompt)
+        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
+            return self._take_over(donor, length)
+        if donor is not None and self._can_share and length >= WORTH_SHARING:
+            target = self._cheapest_idle(other_than=donor)
+            if target is not None:
+                return self._share(donor, target, length)
+        if donor is not None and not donor.busy and length >= WORTH_SHARING:
+            return self._take_over(donor, length)
+        slot = self._cheapest_idle()
+        assert slot is not None, "lend() needs an idle slot"
+        return self._take_over(slot, 0)
 
     def _take_over(self, slot: Slot, length: int) -> Loan:
         ops: tuple[KVOp, ...] = ()

@@ -31,22 +31,36 @@ def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def generation_request(prompt: Prompt, timeout: float | None, sampling: Mapping[str, Any]) -> GenerationRequest:
+def generation_request(
+    prompt: Prompt,
+    timeout: float | None,
+    sampling: Mapping[str, Any],
+    session: str | None = None,
+    priority: int = 0,
+) -> GenerationRequest:
     if isinstance(prompt, GenerationRequest):
-        if sampling or timeout is not None:
+        if sampling or (timeout, session, priority) != (None, None, 0):
             raise InvalidRequestError(
-                "prompt", "GenerationRequest", "it brings its own params and timeout; give no others"
+                "prompt", "GenerationRequest", "it brings its own params, timeout, session and priority; give no others"
             )
         return prompt
     params = SamplingParams(**sampling)
-    if isinstance(prompt, str):
-        return GenerationRequest(prompt=prompt, params=params, timeout=timeout)
-    return GenerationRequest(messages=core_messages(prompt), params=params, timeout=timeout)
+    text, messages = (prompt, None) if isinstance(prompt, str) else (None, core_messages(prompt))
+    return GenerationRequest(
+        prompt=text, messages=messages, params=params, timeout=timeout, session=session, priority=priority
+    )
 
 
 def embed_request(
-    texts: Sequence[str], normalize: bool, overlong: Literal["error", "truncate"], timeout: float | None
+    texts: Sequence[str],
+    normalize: bool,
+    overlong: Literal["error", "truncate"],
+    timeout: float | None,
+    session: str | None = None,
+    priority: int = 0,
 ) -> EmbedRequest:
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise InvalidRequestError("texts", type(texts).__name__, "give a list of texts")
-    return EmbedRequest(texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=timeout)
+    return EmbedRequest(
+        texts=tuple(texts), normalize=normalize, overlong=overlong, timeout=timeout, session=session, priority=priority
+    )

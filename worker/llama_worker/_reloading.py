@@ -1,62 +1,130 @@
-"""Loading, and changing the model under those who wait.
+"""Loading the first model, and changing it under those who wait.
 
-Never two models at once: the old one is freed before the new one is loaded. If the new one then cannot
-be loaded, the old one is loaded again; if that fails too the worker lives on without a model, refusing
-with the reason, until a later reload mends it.
+    with no model, or after the old one is freed:   load -> serve
+    reload:                    drain -> free -> load -> serve     (never two models in memory)
+    reload with overlap:       load beside the old one -> drain -> swap
+
+If a new model cannot be loaded the old one is kept or loaded again; if that fails too the worker lives on
+without a model, refusing with the reason, until a later reload mends it.
 """
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from llama_worker._commands import settle
+from llama_worker._commands import Reload
 from llama_worker._config import ModelConfig
 from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._embeddings import EmbedQueue
-from llama_worker._errors import ModelLoadError, TemplateError
+from llama_worker._engine.progress import LoadProgress
+from llama_worker._errors import ModelLoadError
+from llama_worker._loading import Loading
 from llama_worker._pace import Pace
+from llama_worker._progress_bar import progress_bar
 from llama_worker._scheduler import Scheduler
-from llama_worker._service import Loaded, Service
-from llama_worker._view import ModelView
+from llama_worker._service import Change, Loaded, Service
 
 logger = logging.getLogger("llama_worker")
 
+_LOOK = 1.0  # seconds between two looks at the clock while a model is loaded and nobody is served
 
-def load(service: Service, config: ModelConfig) -> None:
-    """Load `config` into an empty service and publish it. Raises ModelLoadError."""
-    model = service.loader(config)
-    try:
-        view = ModelView.of(model, config, service.epoch + 1)
-    except TemplateError as exc:
-        model.engine.close()
-        raise ModelLoadError(str(exc)) from None
-    service.epoch += 1
+
+def begin_loading(service: Service, config: ModelConfig) -> None:
+    """The first model, or one that was unloaded and is wanted again."""
+    service.state = "loading"
+    service.change = Change(config, started=service.clock())
+
+
+def begin_reload(service: Service, command: Reload) -> None:
+    """Change to what `command` asks for; an earlier change that is not through is given up."""
+    former = service.change
+    if former is not None:
+        if former.loading is not None:
+            former.loading.cancel()
+        former.answer(ModelLoadError("superseded by a later reload"))
+    service.change = Change(command.config, command=command, started=service.clock())
+
+
+def continue_change(service: Service, change: Change) -> bool:
+    """Take the change as far as it goes now. True when this step is used up; False to serve on meanwhile."""
+    if service.loaded is None:
+        _advance_without_model(service, change)
+        return True
+    if change.overlaps:
+        loading = change.loading or _start(service, change, change.config)
+        if not loading.is_done:
+            return False
+        if loading.failure is not None:
+            _end(service, change, _failed(loading.failure))
+            return False
+    service.state = "draining"
+    if _drain(service, change, service.loaded):
+        _hand_over_waiting(service, service.loaded)
+        unload(service)
+    return True
+
+
+def _advance_without_model(service: Service, change: Change) -> None:
+    loading = change.loading or _start(service, change, change.config)
+    if not loading.is_done:
+        service.state = "loading"
+        _wake_when_cancelled(service)
+        service.channel.wait(_LOOK)
+    elif loading.failure is None:
+        adopt(service, loading)
+        _end(service, change, None if change.failure is None else _failed(change.failure))
+    elif service.epoch == 0:
+        raise loading.failure  # the first model: nobody can be served, and everybody hears why
+    elif change.command is None:
+        _give_up(service, change, loading.failure)
+    elif change.failure is None:
+        change.failure = loading.failure
+        _start(service, change, service.config)
+    else:
+        _give_up(service, change, change.failure)
+
+
+def _start(service: Service, change: Change, config: ModelConfig) -> Loading:
+    report = None if change.command is None else change.command.progress
+    progress = LoadProgress(report or progress_bar(Path(config.model).name))
+    change.loading = Loading(service.loader, config, service.epoch + 1, progress)
+    change.loading.start(service.launch, service.channel.nudge)
+    return change.loading
+
+
+def _wake_when_cancelled(service: Service) -> None:
+    """Nobody computes for those in the channel, so their flags wake the worker itself."""
+    for request in (*service.channel.requests(), *service.renewed):
+        request.cancel.arm(service.channel.nudge)
+
+
+def adopt(service: Service, loading: Loading) -> None:
+    """Serve the model that was loaded."""
+    model, view = loading.take()
     limits = model.engine.limits
+    service.epoch = view.epoch
     service.loaded = Loaded(model.engine, view, Scheduler(limits, Pace(service.step_budget_ms)), EmbedQueue(limits))
     service.abort = model.engine.abort_flag.raise_
-    service.config = config
+    service.config = loading.config  # what was asked for: the next load may find more memory free
+    service.idle_since = None
     service.refusal = None
     service.state = "ready"
     service.publish(view)
 
 
-def continue_reload(service: Service) -> None:
-    """Swap as soon as nobody runs. Those who wait keep their place and run on the new model."""
-    command, loaded = service.reloading, service.loaded
+def _drain(service: Service, change: Change, loaded: Loaded) -> bool:
+    """Serve those who have begun, or cancel them when it is time. True when none is left."""
+    command = change.command
     assert command is not None
-    if loaded is not None:
-        if command.when == "now" or service.is_past(command.deadline):
-            _cancel_running(loaded)
-        if loaded.scheduler.has_begun or loaded.embeds.has_begun:
-            generate(service, loaded, newcomers=False)
-            embed(loaded)
-            return
-        _hand_over_waiting(service, loaded)
-        unload(service)
-    service.reloading = None
-    error = _swap(service, command.config)
-    settle(command.answer, error=error)
+    if command.when == "now" or service.is_past(command.deadline):
+        _cancel_running(loaded)
+    if not (loaded.scheduler.has_begun or loaded.embeds.has_begun):
+        return True
+    generate(service, loaded, newcomers=False)
+    embed(service, loaded)
+    return False
 
 
 def _cancel_running(loaded: Loaded) -> None:
@@ -68,28 +136,22 @@ def _cancel_running(loaded: Loaded) -> None:
         loaded.embeds.remove(command)
 
 
-def _swap(service: Service, config: ModelConfig) -> Exception | None:
-    """Load `config`, or else the former model again, or else refuse until the next reload."""
-    former = service.config
-    failure = _try_load(service, config)
-    if failure is None:
-        return None
-    again = _try_load(service, former)
-    if again is None:
-        return ModelLoadError(f"{failure}; the former model serves on", previous_restored=True)
+def _end(service: Service, change: Change, error: Exception | None) -> None:
+    service.change = None
+    change.answer(error)
+
+
+def _failed(failure: Exception) -> ModelLoadError:
+    logger.warning("a reload failed: %s: %s", type(failure).__name__, failure)
+    return ModelLoadError(f"{failure}; the former model serves on", previous_restored=True)
+
+
+def _give_up(service: Service, change: Change, failure: Exception) -> None:
+    logger.error("no model is loaded: %s", failure)
     service.state = "unloaded"
     service.refusal = ModelLoadError(f"no model is loaded: {failure}; reload() can mend it")
     service.publish(service.refusal)
-    return ModelLoadError(f"{failure}; the former model could not be restored either: {again}")
-
-
-def _try_load(service: Service, config: ModelConfig) -> Exception | None:
-    try:
-        load(service, config)
-    except Exception as exc:  # noqa: BLE001  whatever a loader raises, the worker must live on
-        logger.warning("loading %s failed: %s", type(exc).__name__, exc)
-        return exc
-    return None
+    _end(service, change, ModelLoadError(f"{failure}; the former model could not be restored either"))
 
 
 def _hand_over_waiting(service: Service, loaded: Loaded) -> None:
@@ -102,10 +164,20 @@ def _hand_over_waiting(service: Service, loaded: Loaded) -> None:
         loaded.embeds.remove(command)
 
 
+def let_go(service: Service) -> None:
+    """Free a model that nobody has used for long. Its view stays published, so the next request comes in."""
+    logger.info("%s is unloaded until it is asked for", service.config.model)
+    unload(service)
+    service.state = "unloaded"
+    service.idle_since = None
+
+
 def unload(service: Service) -> None:
     """Free the model. Its view lives on as long as somebody holds it."""
     loaded, service.loaded, service.abort = service.loaded, None, None
     if loaded is not None:
-        for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
-            loaded.close_sampler(generation)
-        loaded.engine.close()
+        try:
+            for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
+                loaded.close_sampler(generation)
+        finally:
+            loaded.engine.close()

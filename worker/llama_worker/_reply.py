@@ -49,8 +49,8 @@ class ReplyPipeline:
         shown = self._stops.feed(tail) if tail else ""
         return self._show(shown if self._stops.stopped else shown + self._stops.flush())
 
-    def finished(self, reason: FinishReason, usage: Usage) -> Finished:
-        return Finished(reason=reason, text=self.text, usage=usage, logprobs=tuple(self._logprobs))
+    def finished(self, reason: FinishReason, usage: Usage, model: str = "") -> Finished:
+        return Finished(reason=reason, text=self.text, usage=usage, logprobs=tuple(self._logprobs), model=model)
 
     def _show(self, text: str) -> TextDelta | None:
         if not text:

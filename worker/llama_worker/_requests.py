@@ -13,6 +13,9 @@ from llama_worker._errors import FieldError, InvalidRequestError
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 _MOST_BIAS = 1e4
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Timeout = Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)]
+_Session = Annotated[str | None, Field(min_length=1, max_length=256)]
+_Priority = Annotated[int, Field(ge=-3, le=3)]
 
 
 class Message(Settings):
@@ -98,7 +101,9 @@ class SamplingParams(Settings):
 class GenerationRequest(Settings):
     """Either `messages` (a chat, rendered by the model's template) or `prompt` (raw text), not both.
 
-    `timeout` is in seconds and includes the time in the queue.
+    `timeout` is in seconds and includes the time in the queue. `session` names whom it is for: sessions that
+    wait take turns. Without one it belongs to the thread that submits it, which for all tasks of an event loop
+    is the loop's. `priority` (-3 to 3) goes before lower ones, which get every seventeenth turn at least.
     """
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
@@ -106,7 +111,9 @@ class GenerationRequest(Settings):
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     params: SamplingParams = SamplingParams()
-    timeout: Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)] = None
+    timeout: _Timeout = None
+    session: _Session = None
+    priority: _Priority = 0
 
 
 class EmbedRequest(Settings):
@@ -114,6 +121,7 @@ class EmbedRequest(Settings):
 
     `overlong` says what happens to a text that does not fit into one batch: "error" raises
     ContextOverflowError, "truncate" keeps its head. `normalize` scales each vector to length 1.
+    `timeout`, `session` and `priority` are those of GenerationRequest.
     """
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
@@ -121,4 +129,6 @@ class EmbedRequest(Settings):
     texts: tuple[str, ...]
     normalize: bool = True
     overlong: Literal["error", "truncate"] = "error"
-    timeout: Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)] = None
+    timeout: _Timeout = None
+    session: _Session = None
+    priority: _Priority = 0

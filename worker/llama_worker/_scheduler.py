@@ -51,7 +51,7 @@ class Scheduler:
             n_seq=limits.n_seq, n_cells=limits.n_ctx, can_trim=limits.can_trim, can_share=limits.can_share
         )
         self._limits = limits
-        self._pace = pace
+        self.pace = pace
         self._order = count()
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ class Scheduler:
         parts = [(generation, 1) for generation in decoding[:room]]
         if prefilling:
             room -= len(parts)
-            parts += _chunks(prefilling, min(room, self._pace.rows() if decoding else self._limits.n_ubatch))
+            parts += _chunks(prefilling, min(room, self.pace.rows() if decoding else self._limits.n_ubatch))
         if not parts:
             return None
         spans = tuple([_span(g, n) for g, n in parts])
@@ -194,7 +194,7 @@ class Scheduler:
 
     def observe(self, n_rows: int, milliseconds: float) -> None:
         """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
-        self._pace.observe(n_rows, milliseconds)
+        self.pace.observe(n_rows, milliseconds)
 
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""

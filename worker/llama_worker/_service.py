@@ -19,9 +19,14 @@ from llama_worker._commands import Reload, Request
 from llama_worker._config import ModelConfig
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.base import Engine, Loader
+from llama_worker._engine_calls import EngineCalls
 from llama_worker._generation import Generation
+from llama_worker._loader_thread import Launch, LoaderThread
+from llama_worker._loading import Loading
+from llama_worker._meter import Meter
 from llama_worker._preparer import Preparer
 from llama_worker._scheduler import Scheduler
+from llama_worker._stall import StallWatch
 from llama_worker._view import ModelView
 
 State = Literal["loading", "ready", "draining", "unloaded", "closed", "dead"]
@@ -51,6 +56,30 @@ class Loaded:
             sampler.close()
 
 
+@dataclass(slots=True, eq=False)
+class Change:
+    """A model on its way into service: the first, another one, or one that was unloaded.
+
+    `command` is the Reload that asked for it. `failure` says why `config` could not be loaded; then the
+    former model is being loaded again.
+    """
+
+    config: ModelConfig
+    started: float
+    command: Reload | None = None
+    loading: Loading | None = None
+    failure: Exception | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the new model is loaded while the old one serves."""
+        return self.command is not None and self.command.overlap
+
+    def answer(self, error: Exception | None) -> None:
+        if self.command is not None:
+            self.command.end(error)
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Service:
     """Everything that the worker thread works with. Other threads only read `state` and the counts."""
@@ -65,7 +94,10 @@ class Service:
     state: State = "loading"
     loaded: Loaded | None = None
     refusal: Exception | None = None
-    reloading: Reload | None = None
+    change: Change | None = None
+    keep_alive: float | None = None
+    idle_since: float | None = None
+    stalls: StallWatch | None = None
     preparing: list[Request] = field(default_factory=list)
     renewed: list[Request] = field(default_factory=list)
     epoch: int = 0
@@ -73,6 +105,14 @@ class Service:
     n_aborts: int = 0
     ended: Future[None] = field(default_factory=Future)
     abort: Callable[[], None] | None = None
+    launch: Launch = field(default_factory=LoaderThread)
+    calls: EngineCalls = field(default_factory=EngineCalls)
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def parked(self) -> bool:
+        """Whether the worker thread was given up: it may never come back, so nobody may wait for it."""
+        return self.calls.abandoned
 
     def is_past(self, deadline: float | None) -> bool:
         return deadline is not None and self.clock() >= deadline

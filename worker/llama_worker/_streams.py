@@ -25,16 +25,17 @@ from llama_worker._cancel import CancelFlag
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta
 
-_LONGEST_WAIT = 1.0  # seconds; a wait is cut into such pieces so that Ctrl-C is seen on every platform
+LONGEST_WAIT = 1.0  # seconds; a wait is cut into such pieces so that Ctrl-C is seen on every platform
 
 
 class Mailbox:
     """The sink of a sync stream: filled by the worker, emptied by the reader's thread."""
 
-    __slots__ = ("_queue",)
+    __slots__ = ("_queue", "_taken")
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+        self._taken = 0
         _postman.start()
 
     def put(self, event: StreamEvent) -> None:
@@ -42,9 +43,14 @@ class Mailbox:
 
     def get(self, timeout: float) -> StreamEvent | None:
         try:
-            return self._queue.get(timeout=max(timeout, 0.0))
+            event = self._queue.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
+        self._taken += 1
+        return event
+
+    def taken_while_waiting(self) -> int | None:
+        return None if self._queue.empty() else self._taken
 
 
 class LastWord(Mailbox):
@@ -65,14 +71,11 @@ class EventStream:
     that is cancelled while somebody reads it ends with Finished("cancelled").
     """
 
-    def __init__(
-        self, mailbox: Mailbox, cancel: CancelFlag, deadline: float | None, model: str, owner: object = None
-    ) -> None:
+    def __init__(self, mailbox: Mailbox, cancel: CancelFlag, deadline: float | None, owner: object = None) -> None:
         self._owner = owner  # a worker that nobody else holds lives as long as its streams
         self._mailbox = mailbox
         self._cancel = cancel
         self._deadline = deadline
-        self._model = model
         self._ended = False
 
     def __iter__(self) -> Iterator[StreamEvent]:
@@ -103,7 +106,7 @@ class EventStream:
 
         Raises GenerationCancelled when it was cancelled, or the error that it failed with.
         """
-        return _fold(_last(self), self._model)
+        return fold(_last(self))
 
     def text(self) -> Iterator[str]:
         """The text alone, piece by piece. Raises like `reply` at the end."""
@@ -111,7 +114,7 @@ class EventStream:
             if isinstance(event, TextDelta):
                 yield event.text
             else:
-                _fold(event, self._model)
+                fold(event)
 
     def _next_event(self) -> StreamEvent:
         while True:
@@ -124,10 +127,10 @@ class EventStream:
 
 def _patience(deadline: float | None) -> float:
     if deadline is None:
-        return _LONGEST_WAIT
+        return LONGEST_WAIT
     # After the deadline the worker's answer is on its way: wait for it as for any other event.
     left = deadline - time.monotonic()
-    return min(left, _LONGEST_WAIT) if left > 0 else _LONGEST_WAIT / 20
+    return min(left, LONGEST_WAIT) if left > 0 else LONGEST_WAIT / 20
 
 
 class LoopDoor:
@@ -177,7 +180,7 @@ class AsyncMailbox:
     `whole`: the reader wants the last event only, and is not woken before.
     """
 
-    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader", "_whole")
+    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader", "_taken", "_whole")
 
     def __init__(self, door: LoopDoor, cancel: CancelFlag, *, whole: bool = False) -> None:
         self._door = door
@@ -185,6 +188,7 @@ class AsyncMailbox:
         self._whole = whole
         self._events: deque[StreamEvent] = deque()
         self._reader: asyncio.Future[None] | None = None
+        self._taken = 0
 
     def put(self, event: StreamEvent) -> None:
         if self._whole and isinstance(event, TextDelta):
@@ -200,7 +204,11 @@ class AsyncMailbox:
             if not self._events:
                 await self._reader
             self._reader = None
+        self._taken += 1
         return self._events.popleft()
+
+    def taken_while_waiting(self) -> int | None:
+        return self._taken if self._events else None
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -218,11 +226,10 @@ class AsyncEventStream:
     thread; `aclose` does the same and does not wait for the worker.
     """
 
-    def __init__(self, start: Start, cancel: CancelFlag, deadline: float | None, model: Callable[[], str]) -> None:
+    def __init__(self, start: Start, cancel: CancelFlag, deadline: float | None) -> None:
         self._start = start
         self._cancel = cancel
         self._deadline = deadline
-        self._model = model
         self._mailbox: AsyncMailbox | None = None
         self._whole = False
         self._timer: asyncio.TimerHandle | None = None
@@ -270,7 +277,7 @@ class AsyncEventStream:
         last: StreamEvent | None = None
         async for event in self:
             last = event
-        return _fold(last, self._model())
+        return fold(last)
 
     async def text(self) -> AsyncIterator[str]:
         """The text alone, piece by piece. Raises like `reply` at the end."""
@@ -278,7 +285,7 @@ class AsyncEventStream:
             if isinstance(event, TextDelta):
                 yield event.text
             else:
-                _fold(event, self._model())
+                fold(event)
 
     async def _submit(self) -> AsyncMailbox:
         loop = asyncio.get_running_loop()
@@ -302,12 +309,13 @@ def _last(stream: Iterator[StreamEvent]) -> StreamEvent | None:
     return last
 
 
-def _fold(last: StreamEvent | None, model: str) -> Reply:
+def fold(last: StreamEvent | None) -> Reply:
+    """The reply that ends with `last`. Raises GenerationCancelled, or the error of a Failed."""
     if isinstance(last, Failed):
         raise last.error
     if not isinstance(last, Finished):
         raise ValueError("the stream was read to its end before")
-    reply = Reply(text=last.text, finish_reason=last.reason, usage=last.usage, model=model, logprobs=last.logprobs)
+    reply = Reply(text=last.text, finish_reason=last.reason, usage=last.usage, model=last.model, logprobs=last.logprobs)
     if last.reason == "cancelled":
         raise GenerationCancelled(reply)
     return reply

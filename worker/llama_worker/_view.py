@@ -108,6 +108,7 @@ class ModelView:
         return GenerationJob(
             request=request,
             epoch=self.epoch,
+            model=self.info.name,
             prompt=prompt,
             max_tokens=self._room(len(prompt), request.params.max_tokens),
             prefix_digest=digest_of(prompt) if request.messages is not None else None,

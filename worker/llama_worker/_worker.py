@@ -8,54 +8,50 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
+from uuid import uuid4
 
-from llama_worker import _exit
+from llama_worker import _exit, _watchdog
 from llama_worker._admission import Admission
-from llama_worker._cancel import CancelFlag, new_flag
+from llama_worker._batch import Batch
 from llama_worker._channel import CommandChannel
-from llama_worker._commands import Embed, Generate, Reload, Shutdown
+from llama_worker._commands import Reload
 from llama_worker._config import ModelConfig, WorkerConfig
-from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
-from llama_worker._errors import DeadlineExceeded, InvalidRequestError, WorkerClosed
+from llama_worker._desk import Desk
+from llama_worker._diagnostics import diagnose
+from llama_worker._engine.base import Loader, ModelInfo
+from llama_worker._errors import InvalidRequestError
 from llama_worker._events import Reply
-from llama_worker._jobs import EmbedJob
+from llama_worker._exporter import Exporter, state_of
+from llama_worker._health import Health, health_of
+from llama_worker._llama_loading import check_reload, contained, load_llama
+from llama_worker._loader_thread import LoaderThread
 from llama_worker._loop import run
+from llama_worker._metrics import CacheMetrics, Metrics
+from llama_worker._parking import guarded
 from llama_worker._preparer import Preparer
 from llama_worker._prompts import MessageLike, Prompt, core_messages, embed_request, generation_request
 from llama_worker._published import Published
-from llama_worker._requests import GenerationRequest
-from llama_worker._service import Service, State
-from llama_worker._streams import AsyncEventStream, AsyncMailbox, EventStream, LastWord, Mailbox
+from llama_worker._reconfiguring import apply as apply_live
+from llama_worker._reconfiguring import changed as reconfigured
+from llama_worker._record import Record
+from llama_worker._requests import EmbedRequest, GenerationRequest
+from llama_worker._service import Service
+from llama_worker._snapshots import cache_metrics_of, metrics_of
+from llama_worker._stall import StallWatch
+from llama_worker._state import WorkerState, waiting_requests
+from llama_worker._status import Status, status_of
+from llama_worker._streams import AsyncEventStream, EventStream, LastWord, Mailbox
+from llama_worker._telemetry import observed
 from llama_worker._view import ModelView
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """A snapshot of a worker, taken without waiting for it.
-
-    `queued` requests are in the channel, `waiting` have no slot yet, `running` are being served,
-    `callers_waiting` could not be accepted yet. `epoch` counts successful loads.
-    """
-
-    state: State
-    model: str
-    epoch: int
-    queued: int
-    callers_waiting: int
-    waiting: int
-    running: int
-    embedding: int
-    steps: int
-    aborts: int
-    cells_used: int
-    cells: int
+living: weakref.WeakValueDictionary[str, LlamaWorker] = weakref.WeakValueDictionary()
+"""Every worker of this process, by its token."""
+_WARM_UP = "Hello"
 
 
 class LlamaWorker:
@@ -76,7 +72,7 @@ class LlamaWorker:
         *,
         loader: Loader | None = None,
     ) -> None:
-        self._start(_model_config(config), worker_config or WorkerConfig(), loader or _load_llama)
+        self._start(_model_config(config), worker_config or WorkerConfig(), loader or load_llama)
         try:
             self._view()
         except BaseException:
@@ -93,33 +89,43 @@ class LlamaWorker:
     ) -> LlamaWorker:
         """A worker that loads in the background: the first call that needs the model waits, or raises."""
         worker = cls.__new__(cls)
-        worker._start(_model_config(config), worker_config or WorkerConfig(), loader or _load_llama)
+        worker._start(_model_config(config), worker_config or WorkerConfig(), loader or load_llama)
         return worker
 
     def _start(self, config: ModelConfig, worker_config: WorkerConfig, loader: Loader) -> None:
         self._created_with = config
-        self._worker_config = worker_config
+        self._worker_config = self._live_config = worker_config
         self._published = Published()
         self._channel = CommandChannel(worker_config.queue_size)
         self._admission = Admission(self._channel, worker_config.on_full, self._published.why_closed)
         self._preparer = Preparer()
-        self._flags: weakref.WeakSet[CancelFlag] = weakref.WeakSet()
-        self._flags_lock = threading.Lock()
-        self._pid = os.getpid()
+        self._token = uuid4().hex
+        living[self._token] = self
+        self._loads_llama = loader is load_llama
+        contain = worker_config.contain_crashes
         self._service = Service(
             channel=self._channel,
-            loader=loader,
+            loader=contained(loader) if contain else loader,
             config=config,
             step_budget_ms=worker_config.step_budget_ms,
+            keep_alive=worker_config.keep_alive,
+            stalls=None if worker_config.stall_timeout is None else StallWatch(worker_config.stall_timeout),
             preparer=self._preparer,
             publish=self._published.show,
+            launch=LoaderThread(contain=contain),
         )
-        self._thread = threading.Thread(target=run, args=(self._service,), name="llama-worker", daemon=True)
+        # The desk holds what it needs, not the worker: a worker without users ends by reference count alone.
+        observe = partial(_observed, self._service, self._published)
+        self._desk = Desk(self._published, self._admission, self._preparer, observe)
+        body = guarded(run) if contain else run
+        self._thread = threading.Thread(target=body, args=(self._service,), name="llama-worker", daemon=True)
         _exit.watch(self._service, self._thread)
         # A worker that is dropped without close() ends too: its thread holds the service, not the worker.
-        self._finalizer = weakref.finalize(self, self._channel.command, Shutdown())
+        self._finalizer = weakref.finalize(self, _exit.let_go, self._service, os.getpid())
         self._finalizer.atexit = False
         self._thread.start()
+        if contain or worker_config.step_timeout is not None:
+            _watchdog.watch(self._service, self._thread, worker_config.step_timeout)
 
     def __repr__(self) -> str:
         return f"<LlamaWorker {self._created_with.model!r} {self._service.state} {self._channel!r}>"
@@ -137,9 +143,9 @@ class LlamaWorker:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from llama_worker._registry import get_worker
+        from llama_worker._registry import find_worker
 
-        return get_worker, (self._created_with, self._worker_config)
+        return find_worker, (self._token, self._created_with, self._worker_config)
 
     # -- what is loaded -----------------------------------------------------------------------------
 
@@ -161,26 +167,53 @@ class LlamaWorker:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed or died: it will never serve again."""
-        return self._service.state in ("closed", "dead")
+        """Whether it was closed or died, or is a forked parent's: it will never serve again, here."""
+        return self._desk.is_inherited or self._service.state in ("closed", "dead")
 
     def status(self) -> Status:
         """A snapshot. Never waits."""
-        service, loaded = self._service, self._service.loaded
-        return Status(
-            state=service.state,
-            model=self.config.model if loaded is None else loaded.view.info.name,
-            epoch=service.epoch,
-            queued=self._channel.queued,
-            callers_waiting=self._channel.waiting,
-            waiting=0 if loaded is None else len(loaded.scheduler.waiting),
-            running=0 if loaded is None else len(loaded.scheduler.running),
-            embedding=0 if loaded is None else len(loaded.embeds),
-            steps=service.n_steps,
-            aborts=service.n_aborts,
-            cells_used=0 if loaded is None else loaded.scheduler.cache.cells.n - loaded.scheduler.cache.cells.free,
-            cells=0 if loaded is None else loaded.scheduler.cache.cells.n,
-        )
+        return status_of(self._service, self.config.model)
+
+    def export_state(self) -> dict[str, Any]:
+        """What this worker is and who waits for it, as JSON. Never waits.
+
+        The configurations, the status, the metrics and, of each request that waits, its age, session, priority
+        and length, never text.
+        """
+        return WorkerState.of(
+            model=self.config,
+            worker=self._live_config,
+            status=self.status(),
+            metrics=self.metrics(),
+            waiting=waiting_requests(self._service),
+            now=time.monotonic(),
+        ).to_json()
+
+    @classmethod
+    def import_state(cls, state: Mapping[str, Any], *, loader: Loader | None = None) -> LlamaWorker:
+        """Another worker like the one that exported `state`: same model, same configuration, nobody waiting yet.
+
+        Blocks until it is loaded, as `LlamaWorker(config)` does. Raises ConfigError, naming the field, and
+        ModelLoadError.
+        """
+        parsed = WorkerState.from_json(state)
+        return cls(parsed.model, parsed.worker, loader=loader)
+
+    def metrics(self) -> Metrics:
+        """Everything counted since the worker started. Never waits."""
+        return metrics_of(self._service)
+
+    def cache_metrics(self) -> CacheMetrics:
+        """How full the KV cache of the loaded model is, and how well it is reused. Never waits."""
+        return cache_metrics_of(self._service)
+
+    def health(self) -> Health:
+        """Whether it serves, and if not as it should, why. Never waits."""
+        return health_of(self._service, inherited=self._desk.is_inherited)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What a bug report should say, as a dict that json.dumps takes: no paths, no prompts. Never waits."""
+        return diagnose(self._service, self.config, self._live_config)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of plain text, without BOS. Never waits for a generation."""
@@ -202,57 +235,123 @@ class LlamaWorker:
 
     # -- generating ---------------------------------------------------------------------------------
 
-    def generate(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> Reply:
-        """Answer `prompt`. Blocks.
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Reply:
+        """Answer `prompt`. Blocks. `session` and `priority` say when its turn is: see GenerationRequest.
 
         Raises RequestError, QueueFull, DeadlineExceeded (`timeout` seconds, waiting included),
         GenerationCancelled (with the partial reply), GenerationError, ModelLoadError, WorkerClosed.
         """
-        with self._open(generation_request(prompt, timeout, sampling), LastWord()) as stream:
+        with self._open(generation_request(prompt, timeout, sampling, session, priority), LastWord()) as stream:
             return stream.reply()
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> EventStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> EventStream:
         """Answer `prompt` piece by piece. Blocks while the channel is full; raises as `generate`.
 
         What goes wrong after the request was accepted is the stream's last event, Failed.
         """
-        return self._open(generation_request(prompt, timeout, sampling), Mailbox())
+        return self._open(generation_request(prompt, timeout, sampling, session, priority), Mailbox())
 
     def _open(self, request: GenerationRequest, mailbox: Mailbox) -> EventStream:
-        cancel, deadline = self._new_flag(request.timeout)
-        view = self._view_until(deadline, request.timeout)
-        job = view.prepare_generation(request)
-        self._admission.put(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
-        return EventStream(mailbox, cancel, deadline, view.info.name, owner=self)
+        cancel, deadline = self._desk.new_flag(request.timeout)
+        self._desk.submit(request, mailbox, cancel, deadline)
+        return EventStream(mailbox, cancel, deadline, owner=self)
 
-    async def agenerate(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> Reply:
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Reply:
         """The async twin of `generate`. Never blocks the event loop, also not while the model loads."""
-        async with self.astream(prompt, timeout=timeout, **sampling) as stream:
+        async with self.astream(prompt, timeout=timeout, session=session, priority=priority, **sampling) as stream:
             return await stream.reply()
 
-    def astream(self, prompt: Prompt, *, timeout: float | None = None, **sampling: Any) -> AsyncEventStream:
+    def astream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> AsyncEventStream:
         """The async twin of `stream`: `async for event in worker.astream(...)`.
 
         The request is checked here and submitted by the first step of the iteration, which raises what
         preparing it raises.
         """
-        request = generation_request(prompt, timeout, sampling)
-        cancel, deadline = self._new_flag(request.timeout)
-        names: list[str] = []
-        start = partial(self._start_generation, request, cancel, deadline, names)
-        return AsyncEventStream(start, cancel, deadline, lambda: names[0] if names else "")
+        request = generation_request(prompt, timeout, sampling, session, priority)
+        cancel, deadline = self._desk.new_flag(request.timeout)
+        start = partial(self._desk.asubmit, request, cancel=cancel, deadline=deadline)
+        return AsyncEventStream(start, cancel, deadline)
 
-    async def _start_generation(
+    def infer_batch(
         self,
-        request: GenerationRequest,
-        cancel: CancelFlag,
-        deadline: float | None,
-        names: list[str],
-        mailbox: AsyncMailbox,
-    ) -> None:
-        job = await self._prepared(lambda view: view.prepare_generation(request), deadline, request.timeout)
-        names.append(self.info.name)
-        await self._admission.aput(Generate(job=job, sink=mailbox, cancel=cancel, deadline=deadline))
+        prompts: Sequence[Prompt],
+        *,
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> list[Reply | Exception]:
+        """Answer many prompts: in their order, each with its Reply or with what `generate` would raise. Blocks.
+
+        All are submitted by this thread, as fast as there is room, so the batch is one client among others and
+        never has more than one caller waiting; with `max_concurrency` at most so many are under way. `timeout` is
+        counted from this call for each. What interrupts the call cancels them all. Raises InvalidRequestError
+        for what is wrong with all of them.
+        """
+        batch = self._batch(prompts, timeout, max_concurrency, session, priority, sampling)
+        return batch.run(self._desk.submit)
+
+    async def ainfer_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        session: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> list[Reply | Exception]:
+        """The async twin of `infer_batch`. Never blocks the event loop; cancelling the task cancels them all."""
+        batch = self._batch(prompts, timeout, max_concurrency, session, priority, sampling)
+        return await batch.arun(self._desk.asubmit)
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        timeout: float | None,
+        max_concurrency: int | None,
+        session: str | None,
+        priority: int,
+        sampling: Mapping[str, Any],
+    ) -> Batch:
+        def ask(prompt: Prompt) -> GenerationRequest:
+            return generation_request(prompt, timeout, sampling, session, priority)
+
+        ask("")  # what is wrong with all of them is said at once
+        return Batch(prompts, ask, self._desk.new_flag, max_concurrency)
 
     # -- embedding ----------------------------------------------------------------------------------
 
@@ -263,18 +362,12 @@ class LlamaWorker:
         normalize: bool = True,
         overlong: Literal["error", "truncate"] = "error",
         timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
     ) -> list[list[float]]:
         """One vector of n_embd floats for each text, in order. Blocks; raises as `generate`."""
-        request = embed_request(texts, normalize, overlong, timeout)
-        if not request.texts:
-            return []
-        cancel, deadline = self._new_flag(timeout)
-        command = _embed_command(self._view_until(deadline, timeout).prepare_embedding(request), cancel, deadline)
-        try:
-            self._admission.put(command)
-            return _wait(command.answer, cancel, deadline)
-        finally:
-            cancel.cancel()
+        request = embed_request(texts, normalize, overlong, timeout, session, priority)
+        return self._desk.embed(request) if request.texts else []
 
     async def aembed(
         self,
@@ -283,19 +376,12 @@ class LlamaWorker:
         normalize: bool = True,
         overlong: Literal["error", "truncate"] = "error",
         timeout: float | None = None,
+        session: str | None = None,
+        priority: int = 0,
     ) -> list[list[float]]:
         """The async twin of `embed`. Never blocks the event loop."""
-        request = embed_request(texts, normalize, overlong, timeout)
-        if not request.texts:
-            return []
-        cancel, deadline = self._new_flag(timeout)
-        try:
-            job = await self._prepared(lambda view: view.prepare_embedding(request), deadline, timeout)
-            command = _embed_command(job, cancel, deadline)
-            await self._admission.aput(command)
-            return await _await_until(command.answer, cancel, deadline)
-        finally:
-            cancel.cancel()
+        request = embed_request(texts, normalize, overlong, timeout, session, priority)
+        return await self._desk.aembed(request) if request.texts else []
 
     # -- the worker itself --------------------------------------------------------------------------
 
@@ -305,17 +391,22 @@ class LlamaWorker:
         *,
         when: Literal["drain", "now"] = "drain",
         timeout: float | None = None,
+        overlap: bool | Literal["auto"] = False,
+        progress: Callable[[float], object] | None = None,
         **changes: Any,
     ) -> None:
         """Serve another model, or the same one otherwise configured. Blocks until it serves.
 
         `config` replaces every field, `changes` only those named. Requests that run are finished first
         ("drain"; cancelled after `timeout` seconds) or cancelled ("now"); those that wait keep their
-        place and run on the new model. What can be checked is checked while the old model serves on.
-        Raises ConfigError, ModelLoadError (`previous_restored` says whether the old model serves on)
+        place and run on the new model. What can be checked is checked while the old model serves on;
+        a worker that chats refuses a model that only embeds.
+        With `overlap` the new model is loaded beside the old one, which serves on until then; "auto" does
+        so when both fit into memory. `progress` is called with the fraction that is loaded, by the
+        loading thread. Raises ConfigError, ModelLoadError (`previous_restored` says whether the old model serves on)
         and WorkerClosed.
         """
-        self._reload(config, when, timeout, changes).answer.result()
+        self._reload(config, when, timeout, overlap, progress, changes).answer.result()
 
     async def areload(
         self,
@@ -323,82 +414,129 @@ class LlamaWorker:
         *,
         when: Literal["drain", "now"] = "drain",
         timeout: float | None = None,
+        overlap: bool | Literal["auto"] = False,
+        progress: Callable[[float], object] | None = None,
         **changes: Any,
     ) -> None:
         """The async twin of `reload`. A task that is cancelled here does not stop the reload."""
-        begun = self._preparer.submit(lambda: self._reload(config, when, timeout, changes))
+        self._desk.check_process()
+        begun = self._preparer.submit(lambda: self._reload(config, when, timeout, overlap, progress, changes))
         command = await asyncio.shield(asyncio.wrap_future(begun))
         await asyncio.shield(asyncio.wrap_future(command.answer))
 
+    def reconfigure(self, **changes: Any) -> None:
+        """Change `queue_size`, `on_full`, `step_budget_ms` or `keep_alive` of the running worker. Never waits.
+
+        A smaller queue_size drops nobody who waits already. Raises ConfigError; then nothing has changed.
+        """
+        self._desk.check_process()
+        self._live_config = reconfigured(self._live_config, changes)
+        apply_live(self._live_config, self._service, self._admission)
+
+    def warmup(self) -> float:
+        """Answer a word nobody asked for, so that the first request does not pay for what is done once.
+
+        Blocks, until the model is loaded if need be; returns the seconds that it took. Raises as `generate`.
+        """
+        started = time.monotonic()
+        if self._view().limits.generates:
+            self.generate(_WARM_UP, max_tokens=2, temperature=0.0, ignore_eos=True)
+        else:
+            self.embed([_WARM_UP])
+        return time.monotonic() - started
+
+    async def awarmup(self) -> float:
+        """The async twin of `warmup`."""
+        started = time.monotonic()
+        if await self._desk.prepared(lambda view: view.limits.generates, None, None):
+            await self.agenerate(_WARM_UP, max_tokens=2, temperature=0.0, ignore_eos=True)
+        else:
+            await self.aembed([_WARM_UP])
+        return time.monotonic() - started
+
+    def export(self, path: str | Path | None = None) -> Path:
+        """Let other processes of this user watch the worker (`python -m llama_worker top`) until it ends.
+
+        Returns the Unix socket, `path` or one in the user's runtime folder. What goes out carries no texts.
+        Raises ConfigError when no socket can be made there, UnsupportedFeatureError where there are none.
+        """
+        self._desk.check_process()
+        service, name = self._service, _name(self._service, self._published)
+        exporter = Exporter(lambda: state_of(service, name), path)
+        service.ended.add_done_callback(lambda _: exporter.close())
+        return exporter.path
+
     def cancel_all(self) -> None:
         """Cancel every request that is queued or running now. Never blocks."""
-        with self._flags_lock:
-            flags = list(self._flags)
-        for flag in flags:
-            flag.cancel()
+        self._desk.cancel_all()
 
     def close(self) -> None:
-        """Answer everyone with WorkerClosed, free the model and end the thread. Blocks; idempotent."""
+        """Answer everyone with WorkerClosed, free the model and end the thread. Blocks; idempotent.
+
+        In a forked child it does nothing: the worker is the parent's.
+        """
         self._shut_down()
-        if threading.current_thread() is not self._thread:
+        if self._desk.is_inherited or threading.current_thread() is self._thread:
+            return
+        self._service.ended.result()
+        if not self._service.parked:
             self._thread.join()
 
     async def aclose(self) -> None:
         """The async twin of `close`."""
         self._shut_down()
-        await asyncio.shield(asyncio.wrap_future(self._service.ended))
+        if not self._desk.is_inherited:
+            await asyncio.shield(asyncio.wrap_future(self._service.ended))
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _new_flag(self, timeout: float | None) -> tuple[CancelFlag, float | None]:
-        if os.getpid() != self._pid:
-            raise WorkerClosed("this worker was inherited through fork(), without its thread; open a new one")
-        flag, deadline = new_flag(timeout)
-        with self._flags_lock:
-            self._flags.add(flag)
-        return flag, deadline
-
     def _view(self) -> ModelView:
-        view = self._published.view()
-        assert view is not None
-        return view
-
-    def _view_until(self, deadline: float | None, timeout: float | None) -> ModelView:
-        view = self._published.view(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-        if view is None:
-            raise DeadlineExceeded(timeout)
-        return view
-
-    async def _prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
-        task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(task), left)
-        except TimeoutError:
-            raise DeadlineExceeded(timeout) from None
-        except WorkerClosed:
-            raise self._published.why_closed() from None
+        return self._desk.view()
 
     def _reload(
         self,
         config: ModelConfig | str | None,
         when: Literal["drain", "now"],
         timeout: float | None,
+        overlap: bool | Literal["auto"],
+        progress: Callable[[float], object] | None,
         changes: Mapping[str, Any],
     ) -> Reload:
+        self._desk.check_process()
         if when not in ("drain", "now"):
             raise InvalidRequestError("when", when, "it is 'drain' or 'now'")
+        if overlap not in (True, False, "auto"):
+            raise InvalidRequestError("overlap", overlap, "it is True, False or 'auto'")
         wanted = _changed(self.config if config is None else _model_config(config), changes)
-        if self._service.loader is _load_llama:
-            _check_model(wanted, self._published.current)
+        beside = check_reload(wanted, self._published.current, overlap) if self._loads_llama else bool(overlap)
         deadline = None if timeout is None else time.monotonic() + timeout
-        command = Reload(config=wanted, when=when, deadline=deadline)
+        command = Reload(
+            config=wanted,
+            when=when,
+            deadline=deadline,
+            overlap=beside,
+            progress=progress,
+            noted=self._service.meter.reloaded,
+        )
         if not self._channel.command(command):
             raise self._published.why_closed()
         return command
 
     def _shut_down(self) -> None:
-        _exit.interrupt(self._service)
+        if not self._desk.is_inherited:
+            _exit.interrupt(self._service)
+
+
+def _name(service: Service, published: Published) -> str:
+    """The model's, without its path; waits for nothing."""
+    view = published.current
+    return PurePath(service.config.model).stem if view is None else view.info.name
+
+
+def _observed(
+    service: Service, published: Published, request: GenerationRequest | EmbedRequest
+) -> AbstractContextManager[Record]:
+    return observed(request, _name(service, published), service.meter.answered)
 
 
 def _model_config(config: ModelConfig | str) -> ModelConfig:
@@ -407,42 +545,3 @@ def _model_config(config: ModelConfig | str) -> ModelConfig:
 
 def _changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**{name: getattr(config, name) for name in ModelConfig.model_fields}, **changes})
-
-
-def _load_llama(config: ModelConfig) -> LoadedModel:
-    from llama_worker._engine.llama import load  # here, on the worker thread: it loads the shared library
-
-    return load(config)
-
-
-def _check_model(config: ModelConfig, serving: ModelView | None) -> None:
-    """Everything that can be known to fail before the old model is let go."""
-    from llama_worker._memory import check_fits, plan
-    from llama_worker._models import read_info, resolve
-
-    freed = 0 if serving is None else plan(serving.info, serving.config).needed
-    check_fits(read_info(resolve(config.model)), config, freed=freed)
-
-
-def _embed_command(job: EmbedJob, cancel: CancelFlag, deadline: float | None) -> Embed:
-    return Embed(job=job, answer=Future(), cancel=cancel, deadline=deadline)
-
-
-def _wait(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
-    """The answer; when the deadline passes the flag is set, and the worker answers so."""
-    if deadline is not None:
-        try:
-            return answer.result(max(deadline - time.monotonic(), 0.0))
-        except TimeoutError:
-            cancel.expire()
-    return answer.result()
-
-
-async def _await_until(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
-    loop = asyncio.get_running_loop()
-    timer = None if deadline is None else loop.call_later(max(deadline - time.monotonic(), 0.0), cancel.expire)
-    try:
-        return await asyncio.wrap_future(answer)
-    finally:
-        if timer is not None:
-            timer.cancel()

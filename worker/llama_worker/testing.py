@@ -280,6 +280,10 @@ class FakeEngine:
             raise Aborted("the embedding was aborted")
         return np.stack([_random(text.tobytes(), self.limits.n_embd) for text in texts])
 
+    def adopt(self) -> None:
+        """See Engine.adopt."""
+        self._thread = threading.get_ident()
+
     def close(self) -> None:
         """See Engine.close."""
         self.closed = True

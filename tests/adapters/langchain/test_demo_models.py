@@ -15,8 +15,9 @@ MODEL: dict[str, Any] = {"model": "demo://smollm2-135m-instruct", "n_ctx": 2048,
 
 
 @pytest.fixture(scope="module", autouse=True)
-def closed_workers() -> Iterator[None]:
-    yield
+def kept() -> Iterator[ChatLlamaWorker]:
+    """A share that stays, so that not each test loads its own."""
+    yield ChatLlamaWorker(**MODEL)
     close_all()
 
 

@@ -11,6 +11,8 @@ from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings
 from llama_worker import close_all, inspect_model
 
 CHAT = "demo://smollm2-135m-instruct"
+CHAT_PARAMS: dict[str, Any] = {"model": CHAT, "n_ctx": 2048, "n_threads": 1, "temperature": 0, "max_tokens": 16}
+EMBEDDING_PARAMS: dict[str, Any] = {"model": "demo://all-minilm-l6-v2", "n_threads": 1}
 
 pytestmark = [
     pytest.mark.engine,
@@ -20,8 +22,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def closed_workers() -> Any:
-    yield
+def workers() -> Any:
+    """The suites make new models for each test: without a share that stays, each would load its own."""
+    kept = ChatLlamaWorker(**CHAT_PARAMS), LlamaWorkerEmbeddings(**EMBEDDING_PARAMS)
+    yield kept
     close_all()
 
 
@@ -32,7 +36,7 @@ class TestChatLlamaWorkerIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": CHAT, "n_ctx": 2048, "n_threads": 1, "temperature": 0, "max_tokens": 16}
+        return CHAT_PARAMS
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
@@ -66,4 +70,4 @@ class TestLlamaWorkerEmbeddingsIntegration(EmbeddingsIntegrationTests):
 
     @property
     def embedding_model_params(self) -> dict[str, Any]:
-        return {"model": "demo://all-minilm-l6-v2", "n_threads": 1}
+        return EMBEDDING_PARAMS

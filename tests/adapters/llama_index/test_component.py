@@ -188,7 +188,8 @@ def test_a_pickle_carries_settings_and_no_worker(component: type[WorkerComponent
     made = component(model="/no/such/model.gguf", n_ctx=99, timeout=3)
     twin = pickle.loads(pickle.dumps(made))
     assert twin.to_dict() == made.to_dict()
-    assert twin._held is None
+    assert twin._handle is made._handle
+    assert twin._handle.opened is None
 
 
 def test_pickling_changes_nothing(worker: LlamaWorker) -> None:

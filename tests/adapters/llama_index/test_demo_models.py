@@ -4,6 +4,7 @@ import asyncio
 import copy
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from llama_index.core import VectorStoreIndex
@@ -19,20 +20,25 @@ pytestmark = pytest.mark.engine
 QUESTION = [ChatMessage("What is the capital of France? Answer in one word.", role="user")]
 
 
+LLM: dict[str, Any] = {"model": "demo://smollm2-135m-instruct", "n_ctx": 2048, "n_threads": 2}
+EMBEDDING: dict[str, Any] = {"model": "demo://all-minilm-l6-v2", "n_threads": 2}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _workers() -> Iterator[None]:
-    yield
+def _kept() -> Iterator[object]:
+    """Shares that stay, so that not each test loads its own."""
+    yield LlamaWorkerLLM(**LLM), LlamaWorkerEmbedding(**EMBEDDING)
     close_all()
 
 
 @pytest.fixture
 def llm() -> LlamaWorkerLLM:
-    return LlamaWorkerLLM(model="demo://smollm2-135m-instruct", n_ctx=2048, n_threads=2, temperature=0, max_tokens=24)
+    return LlamaWorkerLLM(**LLM, temperature=0, max_tokens=24)
 
 
 @pytest.fixture
 def embedding() -> LlamaWorkerEmbedding:
-    return LlamaWorkerEmbedding(model="demo://all-minilm-l6-v2", n_threads=2)
+    return LlamaWorkerEmbedding(**EMBEDDING)
 
 
 def test_chat_answers(llm: LlamaWorkerLLM) -> None:

@@ -1,8 +1,9 @@
 """What the worker's loop needs of an engine, and what it may know of a model.
 
 An Engine is one loaded model and its contexts. Every method of an Engine and of its Samplers must be
-called by the thread that loaded it; only `AbortFlag.raise_` may be called from anywhere. A Vocabulary is
-a handle of its own that any thread may use and that outlives the weights.
+called by the thread that owns it: the one that loaded it, until another adopts it. Only
+`AbortFlag.raise_` may be called from anywhere. A Vocabulary is a handle of its own that any thread may
+use and that outlives the weights.
 """
 
 from __future__ import annotations
@@ -182,6 +183,10 @@ class Engine(Protocol):
         """
         ...
 
+    def adopt(self) -> None:
+        """The calling thread owns the engine from now on; the one that did must not use it any more."""
+        ...
+
     def close(self) -> None:
         """Free everything in the order that llama.cpp needs. Idempotent."""
         ...
@@ -226,11 +231,12 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """What a loader hands over. `template` is the Jinja source, or None where the model has none."""
+    """What a loader hands over. `config`: what it was loaded with, where that is not what was asked for."""
 
     engine: Engine
     vocabulary: Vocabulary
     info: ModelInfo
+    config: ModelConfig | None = None
 
 
 Loader: TypeAlias = Callable[[ModelConfig], LoadedModel]

@@ -43,6 +43,10 @@ _C_TYPES: Final[Mapping[int, Any]] = {
 _MIN_KEY: Final = 8 + 1 + 4 + 1
 _MIN_TENSOR: Final = 8 + 1 + 4 + 4 + 8
 _MAX_KEY: Final = 65_535
+_F32: Final = 0
+# They are added to or multiplied with F32, and the CPU aborts where the second of two is of another type.
+_ALWAYS_F32: Final = (b"norm.weight", b".bias")
+_TOKENS: Final = b"tokenizer.ggml.tokens"
 # Per-layer lists are shorter than this; token scores and types are longer and of no use here.
 _MAX_LIST: Final = 4096
 
@@ -51,14 +55,15 @@ _MAX_LIST: Final = 4096
 class Header:
     """`values`: scalars, texts and short lists of numbers by key; `lengths`: the length of every array.
 
-    `n_params` counts the elements and `n_bytes` the bytes of all tensors, which lie from `start` to `end`
-    in the file.
+    `n_params` counts the elements and `n_bytes` the bytes of all tensors, `tensors` the bytes of each by its
+    name; they lie from `start` to `end` in the file.
     """
 
     values: Mapping[str, Value]
     lengths: Mapping[str, int]
     n_params: int
     n_bytes: int
+    tensors: Mapping[str, int]
     start: int
     end: int
 
@@ -80,7 +85,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of the GGUF file at `path`. Any thread.
 
-    Raises ModelLoadError for what is no GGUF file, is damaged, or is shorter than its tensors need;
+    Raises ModelLoadError for what is no GGUF file, is damaged, has tensors that llama.cpp aborts at, or is
+    shorter than they need;
     OSError when the file cannot be read; EngineVersionError.
     """
     check_layout(path)
@@ -90,17 +96,14 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, "libggml refuses its header")
     try:
         header = _read(ggml, context)
+    except _Broken as broken:
+        raise _damaged(path, str(broken)) from None
     finally:
         ggml.gguf_free(context)
     if header.end > path.stat().st_size:
         missing = header.end - path.stat().st_size
         raise _damaged(path, f"{missing} bytes are missing at its end; the download was probably cut off")
     return header
-
-
-def gpu_available() -> bool:
-    """Whether llama.cpp was built with, and found, a device to offload layers to."""
-    return bool(library().api.llama_supports_gpu_offload())
 
 
 def _damaged(path: Path, reason: str) -> ModelLoadError:
@@ -148,16 +151,19 @@ def _skip_key(data: mmap.mmap, at: int, size: int) -> int:
     (length,) = struct.unpack_from("<Q", data, at)
     if not 0 < length <= _MAX_KEY:
         raise _Broken(f"a key of {length} bytes at offset {at}")
+    key = data[at + 8 : at + 8 + length]
     (kind,) = struct.unpack_from("<I", data, at + 8 + length)
     at += 8 + length + 4
     count = 1
     if kind == _ARRAY:
         kind, count = struct.unpack_from("<IQ", data, at)
         at += 12
-    at = _skip_strings(data, at, count, size) if kind == _STRING else at + count * _width(kind)
-    if at > size:
-        raise _Broken(f"a value reaches {at - size} bytes beyond the end of the file")
-    return at
+    end = _skip_strings(data, at, count, size) if kind == _STRING else at + count * _width(kind)
+    if end > size:
+        raise _Broken(f"a value reaches {end - size} bytes beyond the end of the file")
+    if key == _TOKENS and kind == _STRING:
+        _require_distinct(data, at, count)
+    return end
 
 
 def _width(kind: int) -> int:
@@ -173,6 +179,16 @@ def _skip_strings(data: mmap.mmap, at: int, count: int, size: int) -> int:
     for _ in range(count):
         at += 8 + length_at(data, at)[0]
     return at
+
+
+def _require_distinct(data: mmap.mmap, at: int, count: int) -> None:
+    """llama.cpp asserts that no two tokens are the same. It reads them as C strings and numbers the empty ones."""
+    tokens, length_at = set(), struct.Struct("<Q").unpack_from
+    for index in range(count):
+        start, at = at + 8, at + 8 + length_at(data, at)[0]
+        tokens.add(data[start:at].partition(b"\0")[0] or b"[EMPTY_%d]" % index)
+    if len(tokens) < count:
+        raise _Broken(f"{count - len(tokens)} of its {count} tokens are there twice")
 
 
 # --- libggml
@@ -196,6 +212,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, tuple[Any, ...]]]] = {
     "gguf_get_val_str": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int64)),
     "gguf_get_n_tensors": (ctypes.c_int64, (ctypes.c_void_p,)),
     "gguf_get_tensor_offset": (ctypes.c_size_t, (ctypes.c_void_p, ctypes.c_int64)),
+    "gguf_get_tensor_name": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int64)),
     "gguf_get_tensor_type": (ctypes.c_int, (ctypes.c_void_p, ctypes.c_int64)),
     "gguf_get_tensor_size": (ctypes.c_size_t, (ctypes.c_void_p, ctypes.c_int64)),
     "ggml_blck_size": (ctypes.c_int64, (ctypes.c_int,)),
@@ -250,14 +267,19 @@ def _value(ggml: Any, context: int, index: int) -> Value | None:
 def _tensors(ggml: Any, context: int) -> dict[str, Any]:
     start = ggml.gguf_get_data_offset(context)
     n_params = n_bytes = end = 0
+    tensors: dict[str, int] = {}
     for index in range(ggml.gguf_get_n_tensors(context)):
         kind, size = ggml.gguf_get_tensor_type(context, index), ggml.gguf_get_tensor_size(context, index)
+        if kind != _F32 and (name := ggml.gguf_get_tensor_name(context, index)).endswith(_ALWAYS_F32):
+            raise _Broken(f"its tensor {name.decode('utf-8', 'replace')} is not of type F32")
         n_params += size // ggml.ggml_type_size(kind) * ggml.ggml_blck_size(kind)
         n_bytes += size
+        tensors[ggml.gguf_get_tensor_name(context, index).decode("utf-8", "replace")] = size
         end = max(end, start + ggml.gguf_get_tensor_offset(context, index) + size)
     return {
         "n_params": n_params,
         "n_bytes": n_bytes,
+        "tensors": tensors,
         "start": start,
         "end": end,
     }

@@ -34,11 +34,12 @@ from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
 from llama_worker._engine.library import Library, Pointer, library
 from llama_worker._engine.log import collected_log, error_lines, thread_log
+from llama_worker._engine.progress import current_progress
 from llama_worker._engine.rows import RowScan, require_number
 from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, SamplingVocab
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import ConfigError, GenerationError, ModelLoadError, UnsupportedFeatureError
-from llama_worker._memory import check_fits
+from llama_worker._fitting import fit_to_memory
 from llama_worker._models import read_info, resolve
 from llama_worker._requests import SamplingParams
 
@@ -58,9 +59,9 @@ def load(config: ModelConfig) -> LoadedModel:
     """
     path = resolve(config.model)
     info = read_info(path)
-    check_fits(info, config)
+    config = fit_to_memory(info, config)
     vocabulary = LlamaVocabulary(path)
-    return LoadedModel(engine=LlamaEngine(config, path, info), vocabulary=vocabulary, info=info)
+    return LoadedModel(engine=LlamaEngine(config, path, info), vocabulary=vocabulary, info=info, config=config)
 
 
 class LlamaEngine:
@@ -134,6 +135,10 @@ class LlamaEngine:
             self._embedder = self._new_embedder()
         return self._embedder.embed(texts)
 
+    def adopt(self) -> None:
+        """See `base.Engine`."""
+        self._thread = threading.get_ident()
+
     def close(self) -> None:
         """See `base.Engine`."""
         if not self._closed:
@@ -143,7 +148,7 @@ class LlamaEngine:
 
     def _enter(self) -> None:
         if threading.get_ident() != self._thread:
-            raise RuntimeError("an engine may only be used by the thread that loaded it")
+            raise RuntimeError("an engine may only be used by the thread that owns it")
         if self._closed:
             raise RuntimeError("the engine is closed")
 
@@ -380,9 +385,15 @@ _KNOWN_CODES: Final = frozenset(int(status) for status in DecodeStatus)
 
 def _load_model(lib: Library, stack: ExitStack, config: ModelConfig, path: Path) -> Pointer:
     params, keep_alive = _model_params(lib.api, config)
+    progress = current_progress()
+    # A C callback cannot raise; its result says whether to go on.
+    told = lib.api.llama_progress_callback(lambda fraction, _: progress.tell(fraction))
+    params.progress_callback = told
     with collected_log() as lines:
         model = lib.api.llama_model_load_from_file(os.fsencode(path), params)
     del keep_alive
+    if progress.is_cancelled and not model:
+        raise ModelLoadError(f"loading {path.name} was cancelled")
     if not model:
         raise ModelLoadError(f"{path.name} could not be loaded: {error_lines(lines)}")
     stack.callback(lib.api.llama_model_free, model)

@@ -39,9 +39,12 @@ class LlamaVocabulary:
         self._free.atexit = False  # another thread may be tokenizing when the interpreter ends
         self._lib = lib
         self._vocab: Pointer = lib.api.llama_model_get_vocab(model)
-        self._is_bpe = _require_tokens(lib, self._vocab, path) == lib.api.LLAMA_VOCAB_TYPE_BPE
+        kind = _require_tokens(lib, self._vocab, path)
+        self._is_bpe = kind == lib.api.LLAMA_VOCAB_TYPE_BPE
         self.n_tokens: int = lib.api.llama_vocab_n_tokens(self._vocab)
         self.pieces: Sequence[bytes] = _pieces(lib, self._vocab, self.n_tokens)
+        if kind == lib.api.LLAMA_VOCAB_TYPE_SPM:
+            _require_bytes(lib, self._vocab, self.n_tokens, path)
         is_end = lib.short.llama_vocab_is_eog
         self.end_tokens = frozenset(token for token in range(self.n_tokens) if is_end(self._vocab, token))
         self.control_texts: Sequence[str] = _control_texts(lib, self._vocab, self.n_tokens)
@@ -116,6 +119,14 @@ def _require_tokens(lib: Library, vocab: Pointer, path: Path) -> int:
     if kind == lib.api.LLAMA_VOCAB_TYPE_NONE or lib.api.llama_vocab_n_tokens(vocab) < 1:
         raise ModelLoadError(f"{path.name} has no vocabulary (tokenizer.ggml.model); it cannot turn text into tokens")
     return kind
+
+
+def _require_bytes(lib: Library, vocab: Pointer, n_tokens: int, path: Path) -> None:
+    """What no token covers is spelled in bytes, and llama.cpp ends the process at one that has no token."""
+    texts = {lib.short.llama_vocab_get_text(vocab, token) for token in range(n_tokens)}
+    missing = [byte for byte in range(256) if not texts & {b"<0x%02X>" % byte, bytes([byte])}]
+    if missing:
+        raise ModelLoadError(f"{path.name} has no token for {len(missing)} of the 256 bytes; convert the model again")
 
 
 def _pieces(lib: Library, vocab: Pointer, n_tokens: int) -> list[bytes]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from llama_index.core.schema import BaseComponent
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from llama_worker import ConfigError, LlamaWorker, ModelConfig, ModelInfo, WorkerConfig, get_worker, inspect_model
+from llama_worker import (
+    ConfigError,
+    LlamaWorker,
+    ModelConfig,
+    ModelInfo,
+    WorkerConfig,
+    WorkerHandle,
+    get_handle,
+    inspect_model,
+)
 
 C = TypeVar("C", ModelConfig, WorkerConfig)
 _TEXTS = ("chat_template", "system_prompt", "stop")  # no text of a prompt belongs into a log
@@ -18,8 +27,8 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
     """A LlamaIndex component on a worker. Its fields are those of ModelConfig and WorkerConfig, by inheritance.
 
     Give `model` and what else of them is needed: all components of a process with equal settings share
-    one worker, which is opened by the first use and not by the constructor. Or give `worker`, which is
-    used as it is. An unknown or impossible keyword raises ConfigError.
+    one worker, which is opened by the first use and not by the constructor, and ends when the last of them
+    is gone. Or give `worker`, which is used as it is. An unknown or impossible keyword raises ConfigError.
 
     `timeout` is in seconds for each request and includes the time in the queue.
     Any number of threads and event loops may use one component at once. Copies, and what is loaded from
@@ -39,8 +48,8 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
     worker: LlamaWorker | None = Field(default=None, exclude=True, repr=False)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
-    # The worker that was last asked, for metadata; which one to ask, the registry says at each call.
-    _held: LlamaWorker | None = PrivateAttr(default=None)
+    # Our share in the worker. Fields may be assigned to, so which one it is, is asked at each call.
+    _handle: WorkerHandle | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,18 +67,28 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
             raise ConfigError("model", given.get("model"), "name a GGUF file or a demo:// model, or give worker=")
         return given
 
+    @model_validator(mode="after")
+    def _take_handle(self) -> Self:
+        if self.worker is None:
+            self._share()
+        return self
+
     def _connect(self) -> LlamaWorker:
         """The worker to ask now. Returns at once; a fresh one loads in the background."""
         if self.worker is not None:
             return self.worker
-        self._held = worker = get_worker(_part(self, ModelConfig), _part(self, WorkerConfig))
-        return worker
+        return self._share().worker()
+
+    def _share(self) -> WorkerHandle:
+        self._handle = handle = get_handle(_part(self, ModelConfig), _part(self, WorkerConfig))
+        return handle
 
     def _served(self) -> tuple[ModelInfo, int]:
         """The model and the tokens that one request may use. Before it is loaded, what the header says."""
         if self.worker is not None and self.worker.is_closed:
             return self.worker.info, self.worker.n_ctx  # which says so
-        worker = self.worker or self._held
+        opened = None if self._handle is None else self._handle.opened
+        worker = self.worker or opened
         if worker is not None and worker.status().state in ("ready", "draining"):
             return worker.info, worker.n_ctx
         info = inspect_model(self.model)
@@ -85,7 +104,6 @@ class WorkerComponent(BaseComponent, ModelConfig, WorkerConfig):
     def __getstate__(self) -> dict[str, Any]:
         # LlamaIndex's own method deletes what cannot be pickled from the very object that is pickled.
         twin = self.model_copy()
-        twin._held = None
         state = super(WorkerComponent, twin).__getstate__()
         if self.worker is not None:  # it brings its settings, and may have been reloaded since
             brought = {*ModelConfig.model_fields, *WorkerConfig.model_fields}

@@ -1,0 +1,76 @@
+"""Leaving the interpreter while llama.cpp is at work: at once, with status 0 and without a word."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+PATIENCE = 2.0  # seconds from the end of the program to the end of the process
+
+PRELUDE = """
+    import sys, threading, time
+    from llama_worker import *
+
+    ENDLESS = dict(ignore_eos=True, max_tokens=4000)
+    config = ModelConfig(model=sys.argv[1], n_ctx=8192, n_parallel=4, n_threads=1)
+
+    def wait_until(condition):
+        until = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+"""
+
+STATES = {
+    "loading": """
+        worker = get_worker(config)
+        assert worker.status().state == "loading"
+    """,
+    "a long prefill": """
+        worker = get_worker(config)
+        stream = worker.stream("hello " * 4000, **ENDLESS)
+        wait_until(lambda: worker.status().steps and worker.status().running)
+    """,
+    "a reload that drains": """
+        def reload():
+            try:
+                worker.reload(n_ctx=4096)
+            except WorkerClosed:
+                pass
+
+        worker = get_worker(config)
+        stream = worker.stream("hello", **ENDLESS)
+        next(stream)
+        threading.Thread(target=reload, daemon=True).start()
+        wait_until(lambda: worker.status().state == "draining")
+    """,
+    "streams half read, of adapters and of workers that nobody closed": """
+        from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings
+        from llama_index.llms.llama_worker import LlamaWorkerLLM
+
+        settings = dict(model=sys.argv[1], n_ctx=8192, n_threads=1)
+        chat, llm = ChatLlamaWorker(**settings, **ENDLESS), LlamaWorkerLLM(**settings, **ENDLESS)
+        embeddings = LlamaWorkerEmbeddings(**{**settings, "n_ctx": 256})
+        pieces, answer = chat.stream("hello"), llm.stream_complete("hello")
+        next(pieces), next(answer), embeddings.embed_query("hello")
+
+        left_open = LlamaWorker(config).stream("hello", **ENDLESS)
+        next(left_open)
+    """,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_interpreter_leaves_at_once(state: str, tiny_llama: Path) -> None:
+    program = textwrap.dedent(PRELUDE) + textwrap.dedent(STATES[state]) + "print(time.monotonic(), flush=True)"
+    result = subprocess.run(
+        [sys.executable, "-c", program, tiny_llama], capture_output=True, text=True, timeout=120, check=False
+    )
+    took = time.monotonic() - float(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert took < PATIENCE

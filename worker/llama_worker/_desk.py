@@ -1,0 +1,159 @@
+"""Desk: where requests are handed in. The callers' side of a worker, from the check to the channel.
+
+Each request gets a flag and a deadline, is prepared with the current ModelView on its caller's thread (for
+event loops: on the preparer's), and is put into the channel, in that order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from llama_worker._admission import Admission
+from llama_worker._cancel import CancelFlag, new_flag
+from llama_worker._commands import Embed, EventSink, Generate
+from llama_worker._errors import DeadlineExceeded, WorkerClosed
+from llama_worker._preparer import Preparer
+from llama_worker._published import Published
+from llama_worker._record import Record
+from llama_worker._requests import EmbedRequest, GenerationRequest
+from llama_worker._view import ModelView
+
+T = TypeVar("T")
+
+Vectors = list[list[float]]
+
+
+class Desk:
+    """Hands in the requests of one worker. Any thread; the async methods on any event loop."""
+
+    def __init__(
+        self,
+        published: Published,
+        admission: Admission,
+        preparer: Preparer,
+        observe: Callable[[GenerationRequest | EmbedRequest], AbstractContextManager[Record]],
+    ) -> None:
+        self.published = published
+        self._admission = admission
+        self._preparer = preparer
+        self._observe = observe
+        self._flags: weakref.WeakSet[CancelFlag] = weakref.WeakSet()
+        self._flags_lock = threading.Lock()
+        self._pid = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a fork of the worker's."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raises WorkerClosed in a forked child, which has no thread that would answer."""
+        if self.is_inherited:
+            raise WorkerClosed("this worker was inherited through fork(), without its thread; open a new one")
+
+    def new_flag(self, timeout: float | None) -> tuple[CancelFlag, float | None]:
+        """A flag that `cancel_all` knows, and the earliest deadline in time.monotonic()."""
+        self.check_process()
+        flag, deadline = new_flag(timeout)
+        with self._flags_lock:
+            self._flags.add(flag)
+        return flag, deadline
+
+    def cancel_all(self) -> None:
+        self.check_process()
+        with self._flags_lock:
+            flags = list(self._flags)
+        for flag in flags:
+            flag.cancel()
+
+    def view(self) -> ModelView:
+        """The current view. Waits for the first load; raises why there is none."""
+        self.check_process()
+        view = self.published.view()
+        assert view is not None
+        return view
+
+    def submit(self, request: GenerationRequest, sink: EventSink, cancel: CancelFlag, deadline: float | None) -> None:
+        """Hand in a generation whose events go into `sink`. Blocks while the model loads or the channel is full."""
+        with self._observe(request) as record:
+            job = self._view_until(deadline, request.timeout).prepare_generation(request)
+            self._admission.put(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
+
+    async def asubmit(
+        self, request: GenerationRequest, sink: EventSink, cancel: CancelFlag, deadline: float | None
+    ) -> None:
+        """The async twin of `submit`."""
+        with self._observe(request) as record:
+            job = await self.prepared(lambda view: view.prepare_generation(request), deadline, request.timeout)
+            await self._admission.aput(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
+
+    def embed(self, request: EmbedRequest) -> Vectors:
+        """Hand in texts and wait for their vectors."""
+        cancel, deadline = self.new_flag(request.timeout)
+        answer: Future[Vectors] = Future()
+        try:
+            with self._observe(request) as record:
+                job = self._view_until(deadline, request.timeout).prepare_embedding(request)
+                self._admission.put(Embed(job=job, answer=answer, cancel=cancel, deadline=deadline, record=record))
+            return _wait(answer, cancel, deadline)
+        finally:
+            cancel.cancel()
+
+    async def aembed(self, request: EmbedRequest) -> Vectors:
+        """The async twin of `embed`."""
+        cancel, deadline = self.new_flag(request.timeout)
+        answer: Future[Vectors] = Future()
+        try:
+            with self._observe(request) as record:
+                job = await self.prepared(lambda view: view.prepare_embedding(request), deadline, request.timeout)
+                command = Embed(job=job, answer=answer, cancel=cancel, deadline=deadline, record=record)
+                await self._admission.aput(command)
+            return await _await_until(answer, cancel, deadline)
+        finally:
+            cancel.cancel()
+
+    async def prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
+        """`prepare` with the current view, on the preparer's thread. Raises DeadlineExceeded and why there is none."""
+        task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(task), left)
+        except TimeoutError:
+            raise DeadlineExceeded(timeout) from None
+        except WorkerClosed:
+            closed = self.published.why_closed()
+        raise closed  # here, where no context replaces its cause
+
+    def _view_until(self, deadline: float | None, timeout: float | None) -> ModelView:
+        view = self.published.view(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        if view is None:
+            raise DeadlineExceeded(timeout)
+        return view
+
+
+def _wait(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
+    """The answer; when the deadline passes the flag is set, and the worker answers so."""
+    if deadline is not None:
+        try:
+            return answer.result(max(deadline - time.monotonic(), 0.0))
+        except TimeoutError:
+            cancel.expire()
+    return answer.result()
+
+
+async def _await_until(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
+    loop = asyncio.get_running_loop()
+    timer = None if deadline is None else loop.call_later(max(deadline - time.monotonic(), 0.0), cancel.expire)
+    try:
+        return await asyncio.wrap_future(answer)
+    finally:
+        if timer is not None:
+            timer.cancel()

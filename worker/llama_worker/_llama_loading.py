@@ -1,0 +1,53 @@
+"""What a worker asks of llama.cpp before and around loading. Nothing of the engine is imported before it is needed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llama_worker import _exit
+from llama_worker._config import ModelConfig
+from llama_worker._engine.base import LoadedModel, Loader
+from llama_worker._errors import ModelLoadError
+from llama_worker._view import ModelView
+
+
+def load_llama(config: ModelConfig) -> LoadedModel:
+    """The loader of every worker that is not given another. Blocks; raises what `LlamaWorker(config)` does."""
+    _exit.await_leaving()
+    from llama_worker._engine.llama import load  # here, on the loading thread: it loads the shared library
+
+    return load(config)
+
+
+def contained(loader: Loader) -> Loader:
+    """`loader`, on threads whose native crashes are parked."""
+    from llama_worker._engine.containment import contained as within
+
+    return within(loader)
+
+
+def check_reload(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"]) -> bool:
+    """Everything that can be known to fail before the old model is let go. Returns whether to overlap.
+
+    Reads the header, milliseconds. Raises ModelLoadError, which says that the old model serves on.
+    """
+    try:
+        return _checked(config, serving, overlap)
+    except ModelLoadError as refused:
+        refused.previous_restored = serving is not None
+        raise
+
+
+def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"]) -> bool:
+    from llama_worker._fitting import plan_of_serving, require_fit
+    from llama_worker._memory import plan
+    from llama_worker._models import read_info, resolve
+
+    info = read_info(resolve(config.model))
+    if info.is_embedding and serving is not None and not serving.info.is_embedding:
+        raise ModelLoadError(f"{info.name} only embeds, and this worker's callers chat; open another worker for it")
+    if overlap == "auto":
+        overlap = plan(info, config).fits
+    former = None if serving is None or overlap else plan_of_serving(serving.info, serving.config)
+    require_fit(info, config, replacing=former)
+    return overlap

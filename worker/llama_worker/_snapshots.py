@@ -1,0 +1,59 @@
+"""Snapshots of a Service for other threads: what it counted, and how full its cache is. They never wait."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from llama_worker._metrics import Answered, CacheMetrics, Metrics, Work
+from llama_worker._service import Service
+
+
+def metrics_of(service: Service) -> Metrics:
+    meter, channel = service.meter, service.channel
+    # Answers before acceptances: nothing that is answered here can be missing there.
+    counted = {**_fields_of(meter.answers, Answered), **_fields_of(meter.work, Work)}
+    return Metrics(
+        **counted,
+        accepted=channel.n_accepted,
+        refused=channel.n_refused,
+        queued=channel.queued,
+        steps=service.n_steps,
+        aborts=service.n_aborts,
+        decode_errors=meter.decode_errors,
+        kv_recoveries=meter.kv_recoveries,
+        preemptions=meter.preemptions,
+        reloads=meter.reloads,
+        reloads_failed=meter.reloads_failed,
+        queue_wait=meter.queue_wait.snapshot(),
+        time_to_first_token=meter.time_to_first_token.snapshot(),
+        inter_token=meter.inter_token.snapshot(),
+        step_time=meter.step_time.snapshot(),
+    )
+
+
+def cache_metrics_of(service: Service) -> CacheMetrics:
+    loaded = service.loaded
+    if loaded is None:
+        return CacheMetrics()
+    cache = loaded.scheduler.cache
+    idle = [slot for slot in cache.slots if not slot.busy]
+    counts = cache.counts
+    return CacheMetrics(
+        cells=cache.cells.n,
+        used=cache.cells.n - cache.cells.free,
+        shared=int(np.count_nonzero(cache.cells.holders() > 1)),
+        slots=len(cache.slots),
+        idle=len(idle),
+        kept=sum(slot.n > 0 for slot in idle),
+        evictions=counts.evictions,
+        evicted_tokens=counts.evicted_tokens,
+        prompt_tokens=counts.prompt_tokens,
+        reused_tokens=counts.reused_tokens,
+    )
+
+
+def _fields_of(value: object, kind: type[Any]) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(kind)}
