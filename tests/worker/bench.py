@@ -131,10 +131,12 @@ class Bench:
         self.put(Embed(job=job, answer=answer, cancel=cancel, deadline=None, submitted=self.now, record=record))
         return answer, cancel
 
-    def reload(self, when: str = "drain", **changes: Any) -> Reload:
+    def reload(
+        self, when: str = "drain", timeout: float | None = None, overlap: bool = False, **changes: Any
+    ) -> Reload:
         config = ModelConfig(**{**self.config.model_dump(), **changes})
         noted = self.service.meter.reloaded
-        command = Reload(config=config, when=when, deadline=None, noted=noted)  # type: ignore[arg-type]
+        command = Reload(config=config, when=when, timeout=timeout, overlap=overlap, noted=noted)  # type: ignore[arg-type]
         assert self.channel.command(command)
         return command
 
@@ -164,8 +166,9 @@ class Bench:
 
     def check(self) -> None:
         """The prefix cache's books are right, and they are what the engine holds."""
-        if self.service.loaded is None or not self.engines or self.engine.closed:
+        engine = None if self.service.loaded is None else self.service.loaded.engine
+        if not isinstance(engine, FakeEngine) or engine.closed:
             return
         self.scheduler.cache.check()
         for slot in self.scheduler.cache.slots:
-            assert self.engine.held(slot.seq) == slot.tokens.view.tolist(), f"{slot} differs from the engine"
+            assert engine.held(slot.seq) == slot.tokens.view.tolist(), f"{slot} differs from the engine"

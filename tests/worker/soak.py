@@ -27,6 +27,7 @@ from typing import Final
 
 from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerConfig
 from tests import synth
+from tests.worker.recording import Ledger, sums_of
 from tests.worker.resources import Usage, slope, usage
 from tests.worker.soak_clients import N_TASKS, PROMPTS, WHOLE, Journal, Question, Stage, TaskClient, ThreadClient
 
@@ -80,6 +81,7 @@ class Soak:
     def __init__(self, folder: Path, *, seconds: float, seed: int) -> None:
         self.seconds = seconds
         self.journal = Journal()
+        self.ledger = Ledger()
         self.samples: list[tuple[int, str, Usage]] = []
         self.n_failed = 0
         self._models = models(folder)
@@ -91,6 +93,7 @@ class Soak:
         self.before = usage()
         with LlamaWorker(self._models[0], WorkerConfig(queue_size=12)) as worker:
             threads = self._clients(worker)
+            self.ledger.listen(worker)
             self._begun = worker.metrics()
             for thread in threads:
                 thread.start()
@@ -183,11 +186,20 @@ class Soak:
             Claim("files more with each reload", self._slope(lambda sample: sample.files), 0.05),
             Claim("requests accepted and not answered", self._counted.accepted - self._counted.answered, 0),
             Claim("embeddings counted otherwise than seen", abs(self._embeds - self.journal.seen("embedded")), 0),
+            Claim("endings and tokens counted otherwise than recorded", self._miscounted, 0),
             Claim("whole answers seen and not counted", max(0, self._whole[0] - self._whole[1]), 0),
             Claim("whole answers counted and not seen", max(0, self._whole[1] - self._whole[0] - self._unseen), 0),
             Claim("tokens seen and not counted", max(0, self.journal.tokens - self._tokens), 0),
             Claim("files more after close", self.after.files - self.before.files, N_LOOPS),
         ]
+
+    @property
+    def _miscounted(self) -> int:
+        """The metrics against the sums over every terminal event, to the token."""
+        counted, begun = sums_of(self._counted), sums_of(self._begun)
+        counted.subtract(begun)
+        counted.subtract(self.ledger.sums)
+        return sum(map(abs, counted.values()))
 
     @property
     def _embeds(self) -> int:

@@ -190,7 +190,7 @@ def test_ctrl_c_cancels_them_all():
         if of_third[2] is flags[2]:
             raise KeyboardInterrupt
 
-    batch = Batch(["a"] * 5, lambda prompt: GenerationRequest(prompt=str(prompt)), new_flag, None)
+    batch = Batch(["a"] * 5, lambda prompt: GenerationRequest(prompt=str(prompt)), new_flag, None, lambda: False)
     with pytest.raises(KeyboardInterrupt):
         batch.run(submit)
     assert [flag.cancelled for flag in flags] == [True] * 5
@@ -221,3 +221,11 @@ async def test_the_loop_goes_on_while_a_batch_is_served():
         ticking.cancel()
         assert all(isinstance(outcome, Reply) for outcome in outcomes)
         assert ticks > 40
+
+
+def test_a_batch_that_waits_for_room_is_never_refused():
+    settings = WorkerConfig(queue_size=1, on_full="reject")
+    with fake_worker("answer", worker_config=settings, n_parallel=1) as worker:
+        replies = worker.infer_batch([f"prompt {i}" for i in range(20)])
+        assert [reply.text for reply in replies if isinstance(reply, Reply)] == ["answer"] * 20
+        assert worker.metrics().refused == 0

@@ -710,7 +710,7 @@ class TestFitAuto:
             with pytest.raises(ModelLoadError):
                 worker.reload(model="fake://broken")
             assert worker.n_ctx == 512
-        assert asked == [("fake://model", 2048), ("fake://broken", 512), ("fake://model", 2048)]
+        assert asked == [("fake://model", 2048), ("fake://broken", 2048), ("fake://model", 2048)]
 
     @pytest.mark.engine
     def test_the_worker_runs_with_what_fits_and_shows_it(

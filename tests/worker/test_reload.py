@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -372,7 +373,7 @@ def test_an_idle_model_is_let_go_and_comes_back_when_it_is_asked_for():
     assert (len(bench.engines), bench.service.state, bench.service.epoch) == (2, "ready", 2)
 
 
-def test_an_idle_model_that_cannot_come_back_refuses_until_a_reload_mends_it():
+def test_an_idle_model_that_cannot_come_back_is_tried_again_by_the_next_request():
     loads = iter([True, False, True])
     bench = Bench(loader=picky_loader(lambda: next(loads))).load()
     bench.service.keep_alive = 0.0
@@ -381,9 +382,8 @@ def test_an_idle_model_that_cannot_come_back_refuses_until_a_reload_mends_it():
     refused, _ = bench.ask(CHAT)
     bench.settle(refused)
     assert isinstance(getattr(refused.terminal, "error", None), ModelLoadError)
-    bench.reload(model="fake://mended")
+    assert bench.service.state == "unloaded"
     bench.service.keep_alive = None
-    bench.step(3)
     answered, _ = bench.ask(CHAT)
     bench.settle(answered)
     assert answered.text == "answer"
@@ -424,3 +424,142 @@ def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch, capsys):
     for fraction in (0.25, 0.5, 1.0):
         draw(fraction)
     assert "loading model.gguf" in capsys.readouterr().err
+
+
+def test_the_worker_sleeps_while_a_model_is_loaded_for_who_waits():
+    """A request that nobody can take yet must not keep the worker thread busy."""
+    loader = HeldLoader()
+    with fake_worker(loader=loader) as worker:
+        reload = in_thread(lambda: worker.reload("fake://other"))
+        assert loader.reached.wait(10)
+        waiting = worker.stream(CHAT)
+        channel, waits = worker._channel, []
+        wait_for = channel._changed.wait_for
+        channel._changed.wait_for = lambda *args: (waits.append(1), wait_for(*args))[1]  # type: ignore[method-assign]
+        nudged = threading.Event()
+        nudged.wait(0.3)
+        assert len(waits) < 10
+        loader.go.set()
+        assert reload() is None
+        assert waiting.reply().text == "answer"
+
+
+def test_a_reload_that_supersedes_the_first_load_and_fails_brings_the_first_model():
+    first, go = threading.Event(), threading.Event()
+    inner = fake_loader("answer")
+
+    def load(config: ModelConfig) -> LoadedModel:
+        if "broken" in config.model:
+            raise ModelLoadError("cannot be loaded")
+        first.set()
+        go.wait(10)
+        return inner(config)
+
+    worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
+    assert first.wait(10)
+    reload = in_thread(lambda: worker.reload("fake://broken"))
+    wait_until(lambda: worker._service.change is not None and worker._service.change.command is not None)
+    go.set()
+    failed = reload()
+    assert isinstance(failed, ModelLoadError)
+    assert failed.previous_restored
+    assert worker.generate(CHAT).model == "model"
+    worker.close()
+
+
+def test_the_state_is_ready_again_when_a_superseding_reload_fails():
+    loads = iter([True, False])
+    bench = Bench("answer", loader=picky_loader(lambda: next(loads))).load()
+    running, _ = bench.ask(CHAT, max_tokens=100)
+    bench.step(2)
+    bench.reload(n_ctx=512)
+    bench.step()
+    assert bench.service.state == "draining"
+    failed = bench.reload(n_ctx=1024, overlap=True)
+    bench.settle(failed.answer, running)
+    assert isinstance(failed.answer.exception(0), ModelLoadError)
+    assert bench.service.state == "ready"
+
+
+def test_changes_are_made_to_what_was_asked_for_last():
+    seen: list[str] = []
+    loads = iter([True, True, False, False, True])
+    inner = picky_loader(lambda: next(loads))
+
+    def load(config: ModelConfig) -> LoadedModel:
+        seen.append(config.model)
+        return inner(config)
+
+    with fake_worker(loader=load, model="fake://a") as worker:
+        worker.reload("fake://b")
+        with pytest.raises(ModelLoadError):
+            worker.reload("fake://c")
+        worker.reload(n_parallel=2)
+        assert seen == ["fake://a", "fake://b", "fake://c", "fake://b", "fake://b"]
+
+
+class Later:
+    """Loads when the test says so."""
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        self.run = run
+
+    def close(self) -> None:
+        """Nothing runs on its own."""
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [(4.0, "stop"), (6.0, "cancelled")])
+def test_overlap_gives_those_who_run_their_time_from_the_end_of_the_load(seconds: float, reason: str):
+    bench = Bench("a long enough answer").load()
+    bench.service.launch = later = Later()
+    running, _ = bench.ask(CHAT, max_tokens=100)
+    bench.reload(n_ctx=512, overlap=True, timeout=5.0)
+    bench.step(3)
+    bench.now = 100.0  # the load took that long
+    later.run()
+    bench.step()
+    bench.now += seconds
+    bench.settle(running)
+    assert getattr(running.terminal, "reason", None) == reason
+
+
+def test_embeddings_that_only_wait_are_not_begun_by_a_drain():
+    bench = Bench().load()
+    begun, _ = bench.embed(*[f"text {i}" * 20 for i in range(60)])
+    bench.step(2)
+    waiting, _ = bench.embed("short")
+    bench.step()
+    reload = bench.reload(n_ctx=512)
+    first = bench.engine
+    bench.settle(begun, waiting, reload.answer)
+    assert first.closed
+    assert len(waiting.result(0)) == 1
+
+
+async def test_an_async_stream_keeps_its_worker():
+    stream = fake_worker("answer").astream(CHAT)
+    assert (await stream.reply()).text == "answer"
+
+
+def test_who_waits_for_the_first_load_can_be_cancelled():
+    go = threading.Event()
+    inner = fake_loader("answer")
+
+    def load(config: ModelConfig) -> LoadedModel:
+        go.wait(10)
+        return inner(config)
+
+    worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
+    asking = in_thread(lambda: worker.generate(CHAT))
+    wait_until(lambda: len(worker._desk._flags))
+    worker.cancel_all()
+    assert isinstance(asking(), GenerationCancelled)
+    go.set()
+    assert worker.generate(CHAT).text == "answer"
+    worker.close()
+
+
+@pytest.mark.parametrize("stderr", [None, object()], ids=["none", "no stream"])
+def test_a_stderr_that_is_no_stream_is_no_terminal(monkeypatch, stderr):
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert progress_bar("model") is None

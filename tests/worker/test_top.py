@@ -16,10 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from llama_worker import ConfigError, LlamaWorker, LlamaWorkerError, UnsupportedFeatureError, WorkerClosed
+from llama_worker import (
+    ConfigError,
+    LlamaWorker,
+    LlamaWorkerError,
+    ModelNotFoundError,
+    UnsupportedFeatureError,
+    WorkerClosed,
+)
 from llama_worker import _exporter as exporter
 from llama_worker.__main__ import main
-from llama_worker._exporter import poll
+from llama_worker._exporter import poll, state_of
 from llama_worker._top import HEADINGS, look, row
 from llama_worker.testing import Gate, fake_loader, fake_worker
 from tests.worker.waiting import in_thread, wait_until
@@ -225,3 +232,12 @@ def drain(terminal: int) -> int:
     except OSError:
         pass
     return n
+
+
+def test_what_is_exported_names_files_without_their_folders():
+    worker = LlamaWorker.begin("/home/alice/secret/model.gguf")
+    with pytest.raises(ModelNotFoundError):
+        assert worker.info
+    reason = state_of(worker._service, "model")["health"]["reason"]
+    assert "model.gguf" in reason
+    assert "alice" not in reason

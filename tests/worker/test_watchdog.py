@@ -312,3 +312,64 @@ def test_a_forked_child_has_a_watchdog_of_its_own():
         print(os.waitpid(child, 0)[1])
     """)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_a_load_that_waits_behind_one_that_crashed_is_given_up_too():
+    """Both are errands of one loader thread, and that is parked before the second has begun."""
+    done = run("""
+        import threading
+        from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerConfig
+        from llama_worker._parking import park_if_guarded
+        from llama_worker.testing import fake_loader
+
+        crash, loading = threading.Event(), threading.Event()
+
+        def load(config):
+            if config.model == "fake://crash":
+                loading.set()
+                crash.wait()
+                park_if_guarded("GGML_ASSERT(true)", strays=False)
+            return fake_loader("answer")(config)
+
+        def reload(model):
+            try:
+                worker.reload(model)
+            except ModelLoadError as error:
+                print(model, "superseded" in str(error) or "crashed" in str(error))
+
+        worker = LlamaWorker(ModelConfig(model="fake://a"), WorkerConfig(contain_crashes=True), loader=load)
+        first = threading.Thread(target=reload, args=("fake://crash",))
+        first.start()
+        loading.wait()
+        second = threading.Thread(target=reload, args=("fake://b",))
+        second.start()
+        first.join()
+        crash.set()
+        second.join()
+        print(worker.generate("x").text)
+        worker.close()
+    """)
+    assert (done.returncode, done.stdout) == (0, "fake://crash True\nfake://b True\nanswer\n"), done.stderr
+
+
+def test_a_model_that_crashes_whenever_it_is_loaded_is_not_tried_for_ever():
+    done = run("""
+        from llama_worker import LlamaWorker, ModelConfig, ModelLoadError, WorkerConfig, WorkerDied
+        from llama_worker._parking import _lot, park_if_guarded
+        from llama_worker._registry import Registry
+
+        def load(config):
+            park_if_guarded("GGML_ASSERT(true)", strays=False)
+
+        registry = Registry(lambda *settings: LlamaWorker.begin(*settings, loader=load))
+        for _ in range(8):
+            try:
+                registry.worker(ModelConfig(model="fake://a"), WorkerConfig(contain_crashes=True)).info
+            except ModelLoadError as error:
+                assert error.crashed
+            except WorkerDied as error:
+                assert error.retry_after > 0
+        print(len(_lot.crashes))
+    """)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 3

@@ -34,6 +34,11 @@ class Admission:
         self.on_full = on_full
         self._why_closed = why_closed
 
+    @property
+    def would_refuse(self) -> bool:
+        """Whether a request that came now would be refused for want of room."""
+        return self.on_full == "reject" and self._channel.is_full
+
     def put(self, request: Request) -> None:
         """Blocks until `request` is accepted. Raises QueueFull, WorkerClosed, DeadlineExceeded, GenerationCancelled."""
         woken = threading.Event()

@@ -68,7 +68,14 @@ class Item:
 class Batch:
     """The prompts of one call. Run it once, with `run` or `arun`."""
 
-    def __init__(self, prompts: Sequence[Prompt], ask: Ask, new_flag: NewFlag, max_concurrency: int | None) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        ask: Ask,
+        new_flag: NewFlag,
+        max_concurrency: int | None,
+        would_refuse: Callable[[], bool],
+    ) -> None:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError("prompts", type(prompts).__name__, "give a list of prompts")
         if max_concurrency is not None and max_concurrency < 1:
@@ -76,6 +83,7 @@ class Batch:
         self._most = max_concurrency or len(prompts)
         self._entries = [_entry(prompt, ask, new_flag) for prompt in prompts]
         self._running: set[Item] = set()
+        self._would_refuse = would_refuse
 
     def run(self, submit: Submit) -> list[Reply | Exception]:
         """Blocks until every prompt is answered. What interrupts the caller cancels them all."""
@@ -83,7 +91,7 @@ class Batch:
         try:
             for item in self._items():
                 item.done = done.put
-                while len(self._running) >= self._most:
+                while self._should_wait():
                     self._collect(done)
                 while self._begin(item, self._attempt(submit, item)):
                     self._collect(done)
@@ -101,7 +109,7 @@ class Batch:
         try:
             for item in self._items():
                 item.done = lambda item: door.knock(lambda: done.put_nowait(item))
-                while len(self._running) >= self._most:
+                while self._should_wait():
                     self._running.discard(await done.get())
                 while self._begin(item, await self._aattempt(submit, item)):
                     self._running.discard(await done.get())
@@ -119,6 +127,10 @@ class Batch:
 
     def _items(self) -> Iterable[Item]:
         return (entry for entry in self._entries if isinstance(entry, Item))
+
+    def _should_wait(self) -> bool:
+        """Whether one of ours should be finished before the next is submitted: a refusal would be counted."""
+        return len(self._running) >= self._most or (bool(self._running) and self._would_refuse())
 
     def _attempt(self, submit: Submit, item: Item) -> Exception | None:
         self._running.add(item)  # before: it may be answered before submit returns

@@ -65,6 +65,11 @@ class CommandChannel:
         return len(self._requests)
 
     @property
+    def is_full(self) -> bool:
+        """Whether a caller that came now would have to wait."""
+        return len(self._requests) >= self.capacity or bool(self._tickets)
+
+    @property
     def has_controls(self) -> bool:
         return bool(self._controls)
 
@@ -118,9 +123,12 @@ class CommandChannel:
     # -- the worker's side ------------------------------------------------------------------------
 
     def wait(self, timeout: float) -> None:
-        """Block until there is a command, or for `timeout` seconds."""
+        """Block until something came in since the last wait, or for `timeout` seconds.
+
+        What has been in for longer does not count: the worker may have left it there, and would spin.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._controls or self._requests or self._nudged), timeout)
+            self._changed.wait_for(lambda: bool(self._controls or self._nudged), timeout)
             self._nudged = False
 
     def controls(self) -> Iterator[Control]:
@@ -182,4 +190,5 @@ class CommandChannel:
         ticket.accepted = True
         self.n_accepted += 1
         self._requests.push(ticket.request, ticket.client, ticket.request.job.request.priority)
+        self._nudged = True
         self._changed.notify()

@@ -89,14 +89,14 @@ Request: TypeAlias = Generate | Embed
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reload:
-    """Serve with `config` from now on. Running requests are drained, or cancelled at `deadline`.
+    """Serve with `config` from now on. Running requests are drained, or cancelled when that took `timeout` seconds.
 
     `overlap`: load beside the old model. `progress` is called by the loading thread.
     """
 
     config: ModelConfig
     when: Literal["drain", "now"]
-    deadline: float | None
+    timeout: float | None
     overlap: bool = False
     progress: Callable[[float], object] | None = None
     answer: Future[None] = field(default_factory=Future)

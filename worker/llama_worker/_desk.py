@@ -67,6 +67,10 @@ class Desk:
             self._flags.add(flag)
         return flag, deadline
 
+    def would_refuse(self) -> bool:
+        """Whether the channel is full and its callers are refused."""
+        return self._admission.would_refuse
+
     def cancel_all(self) -> None:
         self.check_process()
         with self._flags_lock:
@@ -84,7 +88,7 @@ class Desk:
     def submit(self, request: GenerationRequest, sink: EventSink, cancel: CancelFlag, deadline: float | None) -> None:
         """Hand in a generation whose events go into `sink`. Blocks while the model loads or the channel is full."""
         with self._observe(request) as record:
-            job = self._view_until(deadline, request.timeout).prepare_generation(request)
+            job = self._view_until(deadline, request.timeout, cancel).prepare_generation(request)
             self._admission.put(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
 
     async def asubmit(
@@ -101,7 +105,7 @@ class Desk:
         answer: Future[Vectors] = Future()
         try:
             with self._observe(request) as record:
-                job = self._view_until(deadline, request.timeout).prepare_embedding(request)
+                job = self._view_until(deadline, request.timeout, cancel).prepare_embedding(request)
                 self._admission.put(Embed(job=job, answer=answer, cancel=cancel, deadline=deadline, record=record))
             return _wait(answer, cancel, deadline)
         finally:
@@ -122,21 +126,27 @@ class Desk:
 
     async def prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
         """`prepare` with the current view, on the preparer's thread. Raises DeadlineExceeded and why there is none."""
-        task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(task), left)
+            if not self.published.first.done():  # the preparer has others to serve, a reload among them
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self.published.first)), _left(deadline))
+            task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
+            return await asyncio.wait_for(asyncio.wrap_future(task), _left(deadline))
         except TimeoutError:
             raise DeadlineExceeded(timeout) from None
         except WorkerClosed:
             closed = self.published.why_closed()
         raise closed  # here, where no context replaces its cause
 
-    def _view_until(self, deadline: float | None, timeout: float | None) -> ModelView:
-        view = self.published.view(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+    def _view_until(self, deadline: float | None, timeout: float | None, cancel: CancelFlag | None = None) -> ModelView:
+        view = self.published.view(_left(deadline), cancel)
         if view is None:
             raise DeadlineExceeded(timeout)
         return view
+
+
+def _left(deadline: float | None) -> float | None:
+    """Seconds until `deadline`."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
 
 
 def _wait(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 
 from llama_worker._config import ModelConfig, WorkerConfig
-from llama_worker._health import Health, health_of
+from llama_worker._health import health_of, without_paths
 from llama_worker._service import Service
 from llama_worker._snapshots import cache_metrics_of, metrics_of
 from llama_worker._version import __version__
@@ -43,7 +42,7 @@ def diagnose(service: Service, config: ModelConfig, worker_config: WorkerConfig)
         "worker_config": worker_config.model_dump(mode="json"),
         "model": None if loaded is None else _model(asdict(loaded.view.info)),
         "limits": None if loaded is None else asdict(loaded.view.limits),
-        "health": _health(health_of(service)),
+        "health": asdict(without_paths(health_of(service))),
         "epoch": service.epoch,
         "metrics": asdict(metrics_of(service)),
         "cache": asdict(cache_metrics_of(service)),
@@ -79,7 +78,3 @@ def _model(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(model: str) -> str:
     return model if "://" in model else PurePath(model).name
-
-
-def _health(health: Health) -> dict[str, Any]:
-    return {**asdict(health), "reason": re.sub(r"[^\s'\"(]*[/\\]", "", health.reason)}

@@ -10,9 +10,9 @@ from llama_worker._errors import LlamaWorkerError, took_too_long
 from llama_worker._service import Loaded, Service
 
 
-def embed(service: Service, loaded: Loaded) -> None:
-    """One batch of texts, of as many requests as fit together."""
-    batch = loaded.embeds.next_batch()
+def embed(service: Service, loaded: Loaded, *, newcomers: bool = True) -> None:
+    """One batch of texts, of as many requests as fit together. Without `newcomers` only of those that have begun."""
+    batch = loaded.embeds.next_batch(newcomers=newcomers)
     if not batch:
         return
     flag = loaded.engine.abort_flag

@@ -15,6 +15,7 @@ import numpy as np
 
 from llama_worker._commands import Embed
 from llama_worker._engine.base import EngineLimits, Floats
+from llama_worker._errors import copy_of
 from llama_worker._tokens import TokenIds
 
 WELL_FILLED = 256
@@ -80,9 +81,13 @@ class EmbedQueue:
         """The request was answered otherwise."""
         self._progress.pop(command, None)
 
-    def next_batch(self) -> list[Text]:
-        """What to embed now; empty when there is nothing. Changes nothing but who has begun."""
-        texts = list(islice(chain.from_iterable(p.left for p in self._progress.values()), CANDIDATES))
+    def next_batch(self, *, newcomers: bool = True) -> list[Text]:
+        """What to embed now; empty when there is nothing. Changes nothing but who has begun.
+
+        Without `newcomers` only texts of requests that have begun.
+        """
+        served = [progress.left for progress in self._progress.values() if newcomers or progress.begun]
+        texts = list(islice(chain.from_iterable(served), CANDIDATES))
         if not texts:
             return []
         batch = pack(texts, min(WELL_FILLED, self._limits.n_embed_tokens), self._limits.n_embed_seq)
@@ -104,7 +109,7 @@ class EmbedQueue:
     def fail(self, batch: Sequence[Text], error: Exception) -> None:
         """The engine failed this batch: so do the requests that have a text in it."""
         for command in {id(text.command): text.command for text in batch}.values():
-            command.fail(error)
+            command.fail(copy_of(error))
             self.remove(command)
 
     def _answer_if_complete(self, command: Embed) -> None:

@@ -81,12 +81,14 @@ class EngineVersionError(LlamaWorkerError):
 class ModelLoadError(LlamaWorkerError):
     """A model could not be loaded.
 
-    `previous_restored` is True when a failed reload put the former model back into service.
+    `previous_restored` is True when a failed reload put the former model back into service. `crashed`: native
+    code crashed while it loaded (`WorkerConfig.contain_crashes`); the memory that it had is lost.
     """
 
-    def __init__(self, message: str, *, previous_restored: bool = False) -> None:
+    def __init__(self, message: str, *, previous_restored: bool = False, crashed: bool = False) -> None:
         super().__init__(message)
         self.previous_restored = previous_restored
+        self.crashed = crashed
 
 
 class ModelNotFoundError(ModelLoadError):

@@ -19,6 +19,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from llama_worker._commands import Shutdown
@@ -62,8 +63,24 @@ def await_leaving() -> None:
     wait(_leaving.copy(), LONGEST_FAREWELL)
 
 
+_afterwards: list[Callable[[], object]] = []
+
+
+def after_leaving(call: Callable[[], object]) -> None:
+    """Have `call` called at exit, when the worker threads have come out; in the order of these calls."""
+    _afterwards.append(call)
+
+
 @atexit.register
 def _leave() -> None:
+    try:
+        _leave_workers()
+    finally:
+        for call in _afterwards:
+            call()
+
+
+def _leave_workers() -> None:
     # In a forked child none of the threads is alive. One that is parked will never come out.
     found = [(thread, service()) for thread, service in list(_live.items()) if thread.is_alive()]
     leaving = [(thread, service) for thread, service in found if service is not None and not service.parked]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import socket
 import stat
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_worker._errors import ConfigError, UnsupportedFeatureError
-from llama_worker._health import health_of
+from llama_worker._health import health_of, without_paths
 from llama_worker._service import Service
 from llama_worker._snapshots import cache_metrics_of, metrics_of
+
+logger = logging.getLogger("llama_worker")
 
 _SLOWEST_READER = 1.0  # seconds
 _PAUSE = 0.05  # seconds after a poll that went wrong
@@ -62,7 +65,7 @@ def state_of(service: Service, model: str) -> dict[str, Any]:
         "running": 0 if loaded is None else len(loaded.scheduler.running),
         "waiting": 0 if loaded is None else len(loaded.scheduler.waiting),
         "embedding": 0 if loaded is None else len(loaded.embeds),
-        "health": asdict(health_of(service)),
+        "health": asdict(without_paths(health_of(service))),
         "metrics": asdict(metrics_of(service)),
         "cache": asdict(cache_metrics_of(service)),
     }
@@ -101,6 +104,8 @@ class Exporter:
                     self._answer()
                 except OSError:  # the reader went away, or there are too many open files: then not at once again
                     self._over.wait(_PAUSE)
+                except Exception:  # the worker changed while it was looked at: the next poll sees it whole
+                    logger.exception("a poll could not be answered")
 
     def _answer(self) -> None:
         connection, _ = self._socket.accept()

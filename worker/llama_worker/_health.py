@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from llama_worker._service import Service, State
@@ -55,3 +56,8 @@ def _judge(service: Service, now: float) -> tuple[Verdict, str]:
     if service.channel.waiting:
         return "degraded", f"full; {service.channel.waiting} callers wait for room in the queue"
     return "healthy", ""
+
+
+def without_paths(health: Health) -> Health:
+    """`health` as others may read it: files by their names alone."""
+    return replace(health, reason=re.sub(r"[^\s'\"(]*[/\\]", "", health.reason))

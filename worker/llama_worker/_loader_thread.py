@@ -28,7 +28,8 @@ class Launch(Protocol):
 class Errand:
     """One function on its way through the thread."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], thread: threading.Thread) -> None:
+        self.thread = thread
         self._run = run
         self._done = threading.Event()
 
@@ -56,9 +57,10 @@ class LoaderThread:
 
     def __call__(self, run: Callable[[], None]) -> Errand:
         """Run `run` after what is under way. Never blocks."""
-        errand = Errand(guarded(run) if self._contain else run)
-        if self._thread is None or crash_of(self._thread) is not None:
-            self._start()
+        thread = self._thread
+        if thread is None or crash_of(thread) is not None:
+            thread = self._start()
+        errand = Errand(guarded(run) if self._contain else run, thread)
         self._errands.put(errand)
         return errand
 
@@ -69,11 +71,12 @@ class LoaderThread:
         while thread is not None and thread.is_alive() and crash_of(thread) is None:
             thread.join(_LOOK)
 
-    def _start(self) -> None:
+    def _start(self) -> threading.Thread:
         self._errands = queue.SimpleQueue()  # a parked thread keeps the old one
         # A daemon, for the reason that the worker thread is one.
         self._thread = threading.Thread(target=_run_all, args=(self._errands,), name="llama-worker-loader", daemon=True)
         self._thread.start()
+        return self._thread
 
 
 def _run_all(errands: queue.SimpleQueue[Errand | None]) -> None:

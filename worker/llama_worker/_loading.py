@@ -79,7 +79,8 @@ class Loading:
     @property
     def crash(self) -> Crash | None:
         """Why the loading thread is parked; None when it is not. Any thread."""
-        return crash_of(self._runner)
+        errand = self._errand  # one that has not begun waits behind another, on the same thread
+        return crash_of(self._runner or (None if errand is None else errand.thread))
 
     def give_up(self, failure: ModelLoadError) -> None:
         """The loading thread is parked: `failure` is the outcome, and nobody waits for the thread. The watchdog."""

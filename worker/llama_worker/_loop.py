@@ -119,7 +119,7 @@ def _place(service: Service, request: Request) -> bool:
         if service.refusal is None:  # let go while it was idle
             begin_loading(service, service.config)
             return False
-        request.fail(service.refusal)
+        request.fail(copy_of(service.refusal))
     elif request.job.epoch != loaded.view.epoch:
         service.preparing.append(request)
         service.preparer.renew(request, loaded.view, service.channel.nudge)

@@ -10,7 +10,10 @@ _PATIENCE = 0.5  # seconds; a load that is through by then shows nothing
 
 def progress_bar(name: str) -> Callable[[float], object] | None:
     """Draws how far the load of `name` is on a terminal's stderr; None where there is no terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    try:
+        if not sys.stderr.isatty():
+            return None
+    except (AttributeError, ValueError):  # no stream, one of the application's own making, or a closed one
         return None
     from tqdm import tqdm
 

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 
 from llama_worker import _exit
 from llama_worker._config import ModelConfig, WorkerConfig
-from llama_worker._errors import WorkerDied
+from llama_worker._errors import ModelLoadError, WorkerDied
 from llama_worker._handle import WorkerHandle
 from llama_worker._published import Published
 from llama_worker._restarts import LIMIT, WITHIN, Restarts
@@ -46,9 +46,11 @@ class Place:
         return None if worker is None or worker.is_closed else worker
 
     @property
-    def death(self) -> WorkerDied | None:
-        """What the last worker died of; None if it was closed, let go, or could not load."""
+    def death(self) -> WorkerDied | ModelLoadError | None:
+        """What the last worker died of; None if it was closed, let go, or could not load for a plain reason."""
         failure = None if self._published is None else self._published.failure
+        if isinstance(failure, ModelLoadError):
+            return failure if failure.crashed else None
         return failure if isinstance(failure, WorkerDied) else None
 
     @property
@@ -167,7 +169,7 @@ def close_all() -> None:
     _registry.close_all()
 
 
-def _check_restart(place: Place, death: WorkerDied, model: str) -> None:
+def _check_restart(place: Place, death: WorkerDied | ModelLoadError, model: str) -> None:
     delay = place.restarts.delay()
     if delay <= 0:
         return

@@ -19,7 +19,7 @@ from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.progress import LoadProgress
-from llama_worker._errors import ModelLoadError
+from llama_worker._errors import ModelLoadError, copy_of
 from llama_worker._loading import Loading
 from llama_worker._pace import Pace
 from llama_worker._progress_bar import progress_bar
@@ -45,6 +45,8 @@ def begin_reload(service: Service, command: Reload) -> None:
             former.loading.cancel()
         former.answer(ModelLoadError("superseded by a later reload"))
     service.change = Change(command.config, command=command, started=service.clock())
+    if service.loaded is not None:
+        service.state = "ready"  # an earlier change may have been draining it
 
 
 def continue_change(service: Service, change: Change) -> bool:
@@ -75,10 +77,10 @@ def _advance_without_model(service: Service, change: Change) -> None:
     elif loading.failure is None:
         adopt(service, loading)
         _end(service, change, None if change.failure is None else _failed(change.failure))
-    elif service.epoch == 0:
+    elif service.epoch == 0 and (change.command is None or change.failure is not None):
         raise loading.failure  # the first model: nobody can be served, and everybody hears why
     elif change.command is None:
-        _give_up(service, change, loading.failure)
+        _stay_unloaded(service, change, loading.failure)
     elif change.failure is None:
         change.failure = loading.failure
         _start(service, change, service.config)
@@ -96,7 +98,7 @@ def _start(service: Service, change: Change, config: ModelConfig) -> Loading:
 
 def _wake_when_cancelled(service: Service) -> None:
     """Nobody computes for those in the channel, so their flags wake the worker itself."""
-    for request in (*service.channel.requests(), *service.renewed):
+    for request in (*service.channel.requests(), *service.preparing, *service.renewed):
         request.cancel.arm(service.channel.nudge)
 
 
@@ -118,12 +120,14 @@ def _drain(service: Service, change: Change, loaded: Loaded) -> bool:
     """Serve those who have begun, or cancel them when it is time. True when none is left."""
     command = change.command
     assert command is not None
-    if command.when == "now" or service.is_past(command.deadline):
+    if change.drain_until is None and command.timeout is not None:
+        change.drain_until = service.clock() + command.timeout
+    if command.when == "now" or service.is_past(change.drain_until):
         _cancel_running(loaded)
     if not (loaded.scheduler.has_begun or loaded.embeds.has_begun):
         return True
     generate(service, loaded, newcomers=False)
-    embed(service, loaded)
+    embed(service, loaded, newcomers=False)
     return False
 
 
@@ -138,20 +142,41 @@ def _cancel_running(loaded: Loaded) -> None:
 
 def _end(service: Service, change: Change, error: Exception | None) -> None:
     service.change = None
+    if service.loaded is not None:
+        service.state = "ready"
     change.answer(error)
 
 
 def _failed(failure: Exception) -> ModelLoadError:
     logger.warning("a reload failed: %s: %s", type(failure).__name__, failure)
-    return ModelLoadError(f"{failure}; the former model serves on", previous_restored=True)
+    error = ModelLoadError(f"{failure}; the former model serves on", previous_restored=True)
+    error.__cause__ = failure
+    return error
+
+
+def _stay_unloaded(service: Service, change: Change, failure: Exception) -> None:
+    """An idle model did not come back: those who wait hear why, and the next request tries again."""
+    logger.error("the model could not be loaded again: %s", failure)
+    service.state = "unloaded"
+    _end(service, change, None)
+    for request in service.channel.requests():
+        request.fail(copy_of(failure))
+        service.channel.drop(request)
+    for held in (service.preparing, service.renewed):
+        for request in held:
+            request.fail(copy_of(failure))
+        held.clear()
 
 
 def _give_up(service: Service, change: Change, failure: Exception) -> None:
     logger.error("no model is loaded: %s", failure)
     service.state = "unloaded"
     service.refusal = ModelLoadError(f"no model is loaded: {failure}; reload() can mend it")
+    service.refusal.__cause__ = failure
     service.publish(service.refusal)
-    _end(service, change, ModelLoadError(f"{failure}; the former model could not be restored either"))
+    error = ModelLoadError(f"{failure}; the former model could not be restored either")
+    error.__cause__ = failure
+    _end(service, change, error)
 
 
 def _hand_over_waiting(service: Service, loaded: Loaded) -> None:

@@ -69,6 +69,7 @@ class Change:
     command: Reload | None = None
     loading: Loading | None = None
     failure: Exception | None = None
+    drain_until: float | None = None
 
     @property
     def overlaps(self) -> bool:

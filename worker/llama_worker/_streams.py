@@ -226,7 +226,8 @@ class AsyncEventStream:
     thread; `aclose` does the same and does not wait for the worker.
     """
 
-    def __init__(self, start: Start, cancel: CancelFlag, deadline: float | None) -> None:
+    def __init__(self, start: Start, cancel: CancelFlag, deadline: float | None, owner: object = None) -> None:
+        self._owner = owner  # as in EventStream
         self._start = start
         self._cancel = cancel
         self._deadline = deadline

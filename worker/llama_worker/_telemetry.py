@@ -9,7 +9,6 @@ neither by the worker nor by the caller.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import queue
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from llama_worker import _exit
 from llama_worker._events import Usage
 from llama_worker._record import Answer, Listener, Record
 from llama_worker._requests import EmbedRequest, GenerationRequest
@@ -247,6 +247,6 @@ def _after_fork() -> None:
     _reporter = Reporter()
 
 
-atexit.register(flush)
+_exit.after_leaving(flush)  # who is interrupted by leaving has a span too
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

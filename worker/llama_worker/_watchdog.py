@@ -111,7 +111,7 @@ def _look_at_loading(service: Service) -> None:
     loading = None if change is None else change.loading
     crash = None if loading is None else loading.crash
     if loading is not None and crash is not None and not loading.is_done:
-        loading.give_up(ModelLoadError(f"llama.cpp crashed while it loaded the model: {crash.reason}"))
+        loading.give_up(ModelLoadError(f"llama.cpp crashed while it loaded the model: {crash.reason}", crashed=True))
         service.channel.nudge()
 
 

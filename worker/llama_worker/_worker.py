@@ -302,7 +302,7 @@ class LlamaWorker:
         request = generation_request(prompt, timeout, sampling, session, priority)
         cancel, deadline = self._desk.new_flag(request.timeout)
         start = partial(self._desk.asubmit, request, cancel=cancel, deadline=deadline)
-        return AsyncEventStream(start, cancel, deadline)
+        return AsyncEventStream(start, cancel, deadline, owner=self)
 
     def infer_batch(
         self,
@@ -351,7 +351,7 @@ class LlamaWorker:
             return generation_request(prompt, timeout, sampling, session, priority)
 
         ask("")  # what is wrong with all of them is said at once
-        return Batch(prompts, ask, self._desk.new_flag, max_concurrency)
+        return Batch(prompts, ask, self._desk.new_flag, max_concurrency, self._desk.would_refuse)
 
     # -- embedding ----------------------------------------------------------------------------------
 
@@ -398,7 +398,7 @@ class LlamaWorker:
         """Serve another model, or the same one otherwise configured. Blocks until it serves.
 
         `config` replaces every field, `changes` only those named. Requests that run are finished first
-        ("drain"; cancelled after `timeout` seconds) or cancelled ("now"); those that wait keep their
+        ("drain"; cancelled when that has taken `timeout` seconds) or cancelled ("now"); those that wait keep their
         place and run on the new model. What can be checked is checked while the old model serves on;
         a worker that chats refuses a model that only embeds.
         With `overlap` the new model is loaded beside the old one, which serves on until then; "auto" does
@@ -507,13 +507,13 @@ class LlamaWorker:
             raise InvalidRequestError("when", when, "it is 'drain' or 'now'")
         if overlap not in (True, False, "auto"):
             raise InvalidRequestError("overlap", overlap, "it is True, False or 'auto'")
-        wanted = _changed(self.config if config is None else _model_config(config), changes)
+        # What was asked for last, which is more than what is served where that was made to fit.
+        wanted = _changed(self._service.config if config is None else _model_config(config), changes)
         beside = check_reload(wanted, self._published.current, overlap) if self._loads_llama else bool(overlap)
-        deadline = None if timeout is None else time.monotonic() + timeout
         command = Reload(
             config=wanted,
             when=when,
-            deadline=deadline,
+            timeout=timeout,
             overlap=beside,
             progress=progress,
             noted=self._service.meter.reloaded,

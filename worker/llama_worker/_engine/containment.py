@@ -10,7 +10,6 @@ contained: after those nothing in the process can be trusted.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import os
@@ -18,7 +17,7 @@ import re
 import threading
 from typing import Any, Final
 
-from llama_worker import _parking
+from llama_worker import _exit, _parking
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import LoadedModel, Loader
 from llama_worker._engine.library import library
@@ -65,7 +64,7 @@ def _install() -> None:
     former = set_terminate(ctypes.cast(_on_terminate, ctypes.c_void_p))
     _former_handler.append(_TerminateHandler(former))
     set_abort(ctypes.cast(_on_abort, ctypes.c_void_p))
-    atexit.register(_withdraw, set_abort, set_terminate, former)
+    _exit.after_leaving(functools.partial(_withdraw, set_abort, set_terminate, former))
 
 
 _former_handler: Final[list[Any]] = []
