@@ -45,10 +45,15 @@ from llama_worker._events import (
     Failed,
     Finished,
     FinishReason,
+    InvalidToolCall,
+    ReasoningDelta,
     Reply,
     StreamEvent,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
+    ToolCallEnded,
+    ToolCallStarted,
     Usage,
 )
 from llama_worker._handle import WorkerHandle
@@ -57,7 +62,17 @@ from llama_worker._memory import MemoryPlan, plan_memory
 from llama_worker._metrics import CacheMetrics, Distribution, Metrics
 from llama_worker._models import inspect_model
 from llama_worker._registry import close_all, get_handle, get_worker
-from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._requests import (
+    EmbedRequest,
+    GenerationRequest,
+    Message,
+    ResponseFormat,
+    SamplingParams,
+    ToolCall,
+    ToolChoice,
+    ToolName,
+    ToolSpec,
+)
 from llama_worker._status import Status
 from llama_worker._streams import AsyncEventStream, EventStream
 from llama_worker._version import __version__
@@ -83,6 +98,7 @@ __all__ = [
     "Health",
     "InsufficientMemoryError",
     "InvalidRequestError",
+    "InvalidToolCall",
     "LlamaWorker",
     "LlamaWorkerError",
     "MemoryPlan",
@@ -93,8 +109,10 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "QueueFull",
+    "ReasoningDelta",
     "Reply",
     "RequestError",
+    "ResponseFormat",
     "SamplingParams",
     "Status",
     "StreamEvent",
@@ -102,6 +120,13 @@ __all__ = [
     "TemplateError",
     "TextDelta",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnded",
+    "ToolCallStarted",
+    "ToolChoice",
+    "ToolName",
+    "ToolSpec",
     "UnsupportedFeatureError",
     "Usage",
     "WorkerClosed",

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 from llama_worker._cancel import CancelFlag
 from llama_worker._commands import EventSink
 from llama_worker._errors import InvalidRequestError, QueueFull, RequestError
-from llama_worker._events import Reply, StreamEvent, TextDelta
+from llama_worker._events import Failed, Finished, Reply, StreamEvent
 from llama_worker._prompts import Prompt
 from llama_worker._requests import GenerationRequest
 from llama_worker._streams import LONGEST_WAIT, fold, loop_door
@@ -53,7 +53,7 @@ class Item:
         self.outcome: Reply | Exception | None = None
 
     def put(self, event: StreamEvent) -> None:
-        if isinstance(event, TextDelta):
+        if not isinstance(event, Finished | Failed):
             return
         try:
             self.outcome = fold(event)

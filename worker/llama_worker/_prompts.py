@@ -14,6 +14,9 @@ from llama_worker._requests import EmbedRequest, GenerationRequest, Message, Sam
 MessageLike: TypeAlias = Message | Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[MessageLike] | GenerationRequest
 
+_ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "params", "timeout", "session", "priority"}
+"""Keywords of a call that are the request's and not its sampling."""
+
 
 def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
     if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
@@ -44,10 +47,11 @@ def generation_request(
                 "prompt", "GenerationRequest", "it brings its own params, timeout, session and priority; give no others"
             )
         return prompt
-    params = SamplingParams(**sampling)
+    asked = {name: value for name, value in sampling.items() if name in _ASKED}
+    params = SamplingParams(**{name: value for name, value in sampling.items() if name not in _ASKED})
     text, messages = (prompt, None) if isinstance(prompt, str) else (None, core_messages(prompt))
     return GenerationRequest(
-        prompt=text, messages=messages, params=params, timeout=timeout, session=session, priority=priority
+        prompt=text, messages=messages, params=params, timeout=timeout, session=session, priority=priority, **asked
     )
 
 

@@ -1,11 +1,12 @@
-"""What a caller asks for: messages or a raw prompt, sampling parameters, texts to embed."""
+"""What a caller asks for: messages or a raw prompt, tools, the form of the answer, sampling, texts to embed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llama_worker._config import Settings
 from llama_worker._errors import FieldError, InvalidRequestError
@@ -18,14 +19,171 @@ _Session = Annotated[str | None, Field(min_length=1, max_length=256)]
 _Priority = Annotated[int, Field(ge=-3, le=3)]
 
 
+class ToolCall(Settings):
+    """One call of a tool, complete and valid. `arguments` is the JSON object; `id` is unique in its reply.
+
+    OpenAI's form, `{"id", "type": "function", "function": {"name", "arguments"}}`, is taken too.
+    """
+
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
+
+    id: str
+    name: Annotated[str, Field(min_length=1)]
+    arguments: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_openai(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+            return {"id": value.get("id") or "", **_without(value["function"])}
+        return value
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        return _json(value) if isinstance(value, str) else value
+
+
 class Message(Settings):
-    """One turn of a conversation. `name` is passed to the template, which may ignore it."""
+    """One turn of a conversation. `name` is passed to the template, which may ignore it.
+
+    An assistant's turn may have `reasoning`, which the template replays or drops, and `tool_calls`; the
+    result of a call is a turn of the role "tool" with its `tool_call_id`.
+    """
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
     role: Role
     content: str
     name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_content(cls, value: Any) -> Any:
+        """A turn that only calls tools may say nothing."""
+        if isinstance(value, Mapping) and value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
+
+    @field_validator("tool_calls", mode="before")
+    @classmethod
+    def _many(cls, value: Any) -> Any:
+        return () if value is None else tuple(value) if isinstance(value, list) else value
+
+
+class ToolSpec(Settings):
+    """A tool that the model may call. `parameters` is the JSON schema of its arguments; {} means none.
+
+    `strict`: True refuses a schema that cannot be enforced whole; None enforces what can be and validates the
+    rest. OpenAI's form, `{"type": "function", "function": {...}}`, is taken too.
+    """
+
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_openai(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+            return _without(value["function"])
+        return value
+
+    @field_validator("description", "parameters", mode="before")
+    @classmethod
+    def _absent(cls, value: Any, info: ValidationInfo) -> Any:
+        return ("" if info.field_name == "description" else {}) if value is None else value
+
+
+class ToolName(Settings):
+    """The tool that must be called. OpenAI's `{"type": "function", "function": {"name": ...}}` is taken too."""
+
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
+
+    name: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_openai(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+            return dict(value["function"])
+        return value
+
+
+ToolChoice: TypeAlias = Literal["auto", "none", "required"] | ToolName
+"""auto: text or calls, as the model likes; none: text; required: a call of any tool; ToolName: of this one."""
+
+
+_CHOICES = ("auto", "none", "required")
+
+
+class ResponseFormat(Settings):
+    """What the text of a reply must be, whole: enforced while it is sampled.
+
+    `type` says which of the other fields counts: "json_object" none, "json_schema" `json_schema`, "regex"
+    `regex`, "choice" `choices`, "lark" and "gbnf" `grammar`. `strict` is that of ToolSpec. OpenAI's form,
+    `{"type": "json_schema", "json_schema": {"name", "schema", "strict"}}`, is taken too.
+    """
+
+    error_type: ClassVar[type[FieldError]] = InvalidRequestError
+
+    type: Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf"]
+    json_schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choices: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None
+    grammar: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_openai(cls, value: Any) -> Any:
+        inner = value.get("json_schema") if isinstance(value, Mapping) else None
+        if isinstance(inner, Mapping) and "schema" in inner and not set(inner) - _OPENAI_SCHEMA:
+            strict = value.get("strict", inner.get("strict"))
+            return {**value, "json_schema": inner["schema"], "strict": strict}
+        return value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _many(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> ResponseFormat:
+        needed = _NEEDED[self.type]
+        given = {name for name in set(_NEEDED.values()) - {None} if getattr(self, str(name)) is not None}
+        if given != {needed} - {None}:
+            raise InvalidRequestError("response_format", self.type, f"give {needed or 'no other field'} with this type")
+        return self
+
+
+_OPENAI_SCHEMA = {"name", "description", "schema", "strict"}
+_NEEDED: dict[str, str | None] = {
+    "json_object": None,
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "choice": "choices",
+    "lark": "grammar",
+    "gbnf": "grammar",
+}
+
+
+def _without(function: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's inner object without what it does not say."""
+    return {key: value for key, value in function.items() if value is not None}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else {}
+    except ValueError as exc:
+        raise ValueError("must be a JSON object, or the text of one") from exc
 
 
 class SamplingParams(Settings):
@@ -101,6 +259,11 @@ class SamplingParams(Settings):
 class GenerationRequest(Settings):
     """Either `messages` (a chat, rendered by the model's template) or `prompt` (raw text), not both.
 
+    `tools`, `tool_choice`, `parallel_tool_calls` (may one reply hold several calls), `enable_thinking` (None: as
+    the template likes), `reasoning_budget` (tokens of thought after which the answer is begun; None: no limit) and
+    `template_variables` (further names for the template) need `messages`. `response_format` holds for the text of
+    the reply; together with tools the reply is either calls or such a text.
+
     `timeout` is in seconds and includes the time in the queue. `session` names whom it is for: sessions that
     wait take turns. Without one it belongs to the thread that submits it, which for all tasks of an event loop
     is the loop's. `priority` (-3 to 3) goes before lower ones, which get every seventeenth turn at least.
@@ -111,9 +274,42 @@ class GenerationRequest(Settings):
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     params: SamplingParams = SamplingParams()
+    tools: tuple[ToolSpec, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = False
+    response_format: ResponseFormat | None = None
+    enable_thinking: bool | None = None
+    reasoning_budget: Annotated[int | None, Field(ge=0, le=2**24)] = None
+    template_variables: dict[str, Any] = Field(default_factory=dict)
     timeout: _Timeout = None
     session: _Session = None
     priority: _Priority = 0
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _many(cls, value: Any) -> Any:
+        return () if value is None else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _known_choice(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in _CHOICES:
+            raise ValueError(f"it is one of {', '.join(_CHOICES)}, or a ToolName")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GenerationRequest:
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidRequestError("tools", twice, "two tools have this name; names must be unique")
+        if isinstance(self.tool_choice, ToolName) and self.tool_choice.name not in names:
+            raise InvalidRequestError(
+                "tool_choice", self.tool_choice.name, f"the tools are {', '.join(names) or 'none'}"
+            )
+        if self.tool_choice == "required" and not names:
+            raise InvalidRequestError("tool_choice", "required", "there is no tool to call; give tools")
+        return self
 
 
 class EmbedRequest(Settings):

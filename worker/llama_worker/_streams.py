@@ -59,12 +59,12 @@ class LastWord(Mailbox):
     __slots__ = ()
 
     def put(self, event: StreamEvent) -> None:
-        if not isinstance(event, TextDelta):
+        if isinstance(event, Finished | Failed):
             self._queue.put(event)
 
 
 class EventStream:
-    """The events of one request, as they come: TextDelta*, then one Finished or Failed, which is yielded.
+    """The events of one request, as they come: deltas, then one Finished or Failed, which is yielded.
 
     Iterate it from one thread. `close` may be called from any thread, never blocks and cancels the
     request; so do leaving the `with` block, dropping the stream, and its garbage collection. A stream
@@ -85,7 +85,7 @@ class EventStream:
         if self._ended:
             raise StopIteration
         event = self._next_event()
-        self._ended = not isinstance(event, TextDelta)
+        self._ended = isinstance(event, Finished | Failed)
         return event
 
     def __enter__(self) -> EventStream:
@@ -113,7 +113,7 @@ class EventStream:
         for event in self:
             if isinstance(event, TextDelta):
                 yield event.text
-            else:
+            elif isinstance(event, Finished | Failed):
                 fold(event)
 
     def _next_event(self) -> StreamEvent:
@@ -191,7 +191,7 @@ class AsyncMailbox:
         self._taken = 0
 
     def put(self, event: StreamEvent) -> None:
-        if self._whole and isinstance(event, TextDelta):
+        if self._whole and not isinstance(event, Finished | Failed):
             return
         self._events.append(event)
         if self._reader is not None and not self._door.knock(self._wake):
@@ -249,7 +249,7 @@ class AsyncEventStream:
             self._finish()
             self._cancel.cancel()
             raise
-        if not isinstance(event, TextDelta):
+        if isinstance(event, Finished | Failed):
             self._finish()
         return event
 
@@ -285,7 +285,7 @@ class AsyncEventStream:
         async for event in self:
             if isinstance(event, TextDelta):
                 yield event.text
-            else:
+            elif isinstance(event, Finished | Failed):
                 fold(event)
 
     async def _submit(self) -> AsyncMailbox:
@@ -316,7 +316,21 @@ def fold(last: StreamEvent | None) -> Reply:
         raise last.error
     if not isinstance(last, Finished):
         raise ValueError("the stream was read to its end before")
-    reply = Reply(text=last.text, finish_reason=last.reason, usage=last.usage, model=last.model, logprobs=last.logprobs)
+    reply = reply_of(last)
     if last.reason == "cancelled":
         raise GenerationCancelled(reply)
     return reply
+
+
+def reply_of(end: Finished) -> Reply:
+    """What a stream that ended so says as a whole."""
+    return Reply(
+        text=end.text,
+        finish_reason=end.reason,
+        usage=end.usage,
+        model=end.model,
+        logprobs=end.logprobs,
+        reasoning=end.reasoning,
+        tool_calls=end.tool_calls,
+        invalid_tool_calls=end.invalid_tool_calls,
+    )
