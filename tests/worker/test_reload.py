@@ -18,6 +18,7 @@ from llama_worker import (
     ModelLoadError,
     WorkerClosed,
     WorkerConfig,
+    cancel_scope,
 )
 from llama_worker._engine.base import LoadedModel
 from llama_worker._engine.llama import load as load_llama
@@ -551,12 +552,39 @@ def test_who_waits_for_the_first_load_can_be_cancelled():
 
     worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
     asking = in_thread(lambda: worker.generate(CHAT))
-    wait_until(lambda: len(worker._desk._flags))
+    wait_until(lambda: len(worker._desk._everything._flags))
     worker.cancel_all()
     assert isinstance(asking(), GenerationCancelled)
     go.set()
     assert worker.generate(CHAT).text == "answer"
     worker.close()
+
+
+async def test_a_task_that_waits_for_the_first_load_is_cancelled_by_its_scope_or_by_the_worker():
+    go = threading.Event()
+    inner = fake_loader("answer")
+
+    def load(config: ModelConfig) -> LoadedModel:
+        go.wait(10)
+        return inner(config)
+
+    worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
+    with cancel_scope() as scope:
+        in_scope = [asyncio.ensure_future(ask) for ask in (worker.agenerate(CHAT), worker.aembed(["text"]))]
+    outside = asyncio.ensure_future(worker.agenerate(CHAT))
+    while len(worker._desk._everything._flags) < 3:
+        await asyncio.sleep(0)
+    scope.cancel()
+    for asking in in_scope:
+        with pytest.raises(GenerationCancelled):
+            await asking
+    assert not outside.done()
+    worker.cancel_all()
+    with pytest.raises(GenerationCancelled):
+        await outside
+    go.set()
+    assert (await worker.agenerate(CHAT)).text == "answer"
+    await worker.aclose()
 
 
 @pytest.mark.parametrize("stderr", [None, object()], ids=["none", "no stream"])

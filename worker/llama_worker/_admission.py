@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
+from llama_worker._cancel import seconds_left
 from llama_worker._channel import CommandChannel, Ticket
 from llama_worker._commands import Request
 from llama_worker._errors import DeadlineExceeded, GenerationCancelled, QueueFull
-from llama_worker._streams import loop_door
+from llama_worker._streams import bell
 
 
 class Admission:
@@ -45,7 +44,7 @@ class Admission:
         ticket = self._offer(request, woken.set)
         try:
             if not ticket.is_settled:
-                woken.wait(_seconds_left(request))
+                woken.wait(seconds_left(request.deadline))
         except BaseException:
             request.cancel.cancel()
             raise
@@ -55,13 +54,11 @@ class Admission:
 
     async def aput(self, request: Request) -> None:
         """The async twin of `put`."""
-        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        door = loop_door(asyncio.get_running_loop())
-        wake = partial(door.knock, lambda: None if woken.done() else woken.set_result(None))
+        woken, wake = bell()
         ticket = self._offer(request, wake)
         try:
             if not ticket.is_settled:
-                await asyncio.wait([woken], timeout=_seconds_left(request))
+                await asyncio.wait([woken], timeout=seconds_left(request.deadline))
         except BaseException:
             request.cancel.cancel()
             raise
@@ -91,7 +88,3 @@ class Admission:
         if ticket.request.cancel.cancelled:
             raise GenerationCancelled()
         raise DeadlineExceeded(ticket.request.job.request.timeout)
-
-
-def _seconds_left(request: Request) -> float | None:
-    return None if request.deadline is None else max(request.deadline - time.monotonic(), 0.0)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from llama_worker._cancel import CancelFlag
+from llama_worker._cancel import CancelFlag, seconds_left
 from llama_worker._commands import EventSink
 from llama_worker._errors import InvalidRequestError, QueueFull, RequestError
 from llama_worker._events import Failed, Finished, Reply, StreamEvent
@@ -169,8 +169,8 @@ class Batch:
                 return
 
     def _patience(self) -> float:
-        ends = [item.deadline for item in self._running if item.deadline is not None and not item.cancel.expired]
-        return min([LONGEST_WAIT, *(max(end - time.monotonic(), 0.0) for end in ends)])
+        ends = [item.deadline for item in self._running if not item.cancel.expired]
+        return min([LONGEST_WAIT, *(left for end in ends if (left := seconds_left(end)) is not None)])
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -179,12 +179,10 @@ class Batch:
                 item.cancel.expire()
 
     def _set_timers(self) -> list[asyncio.TimerHandle]:
-        ends = {item.deadline for item in self._items() if item.deadline is not None}
+        later = asyncio.get_running_loop().call_later
+        ends = {item.deadline for item in self._items()}
         # The loop's own clock may be a little behind: look again rather than miss the deadline.
-        return [
-            asyncio.get_running_loop().call_later(max(end - time.monotonic(), 0.0) + 0.001, self._expire)
-            for end in ends
-        ]
+        return [later(left + 0.001, self._expire) for end in ends if (left := seconds_left(end)) is not None]
 
     def _cancel(self) -> None:
         for item in self._items():

@@ -117,3 +117,8 @@ def new_flag(timeout: float | None) -> tuple[CancelFlag, float | None]:
     if timeout is not None:
         limits.append(time.monotonic() + timeout)
     return flag, min(limits, default=None)
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Seconds until `deadline` in time.monotonic(), 0.0 when it has passed; None for no deadline."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)

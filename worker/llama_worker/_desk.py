@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from llama_worker._admission import Admission
-from llama_worker._cancel import CancelFlag, new_flag
+from llama_worker._cancel import CancelFlag, CancelScope, new_flag, seconds_left
 from llama_worker._commands import Embed, EventSink, Generate
 from llama_worker._errors import DeadlineExceeded, WorkerClosed
 from llama_worker._preparer import Preparer
@@ -45,8 +42,7 @@ class Desk:
         self._admission = admission
         self._preparer = preparer
         self._observe = observe
-        self._flags: weakref.WeakSet[CancelFlag] = weakref.WeakSet()
-        self._flags_lock = threading.Lock()
+        self._everything = CancelScope()
         self._pid = os.getpid()
 
     @property
@@ -63,8 +59,7 @@ class Desk:
         """A flag that `cancel_all` knows, and the earliest deadline in time.monotonic()."""
         self.check_process()
         flag, deadline = new_flag(timeout)
-        with self._flags_lock:
-            self._flags.add(flag)
+        self._everything.add(flag)
         return flag, deadline
 
     def would_refuse(self) -> bool:
@@ -73,10 +68,9 @@ class Desk:
 
     def cancel_all(self) -> None:
         self.check_process()
-        with self._flags_lock:
-            flags = list(self._flags)
-        for flag in flags:
-            flag.cancel()
+        # A new scope first: who comes from now on is not meant.
+        before, self._everything = self._everything, CancelScope()
+        before.cancel()
 
     def view(self) -> ModelView:
         """The current view. Waits for the first load; raises why there is none."""
@@ -96,7 +90,7 @@ class Desk:
     ) -> None:
         """The async twin of `submit`."""
         with self._observe(request) as record:
-            job = await self.prepared(lambda view: view.prepare_generation(request), deadline, request.timeout)
+            job = await self.prepared(lambda view: view.prepare_generation(request), deadline, request.timeout, cancel)
             await self._admission.aput(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
 
     def embed(self, request: EmbedRequest) -> Vectors:
@@ -117,20 +111,30 @@ class Desk:
         answer: Future[Vectors] = Future()
         try:
             with self._observe(request) as record:
-                job = await self.prepared(lambda view: view.prepare_embedding(request), deadline, request.timeout)
+                job = await self.prepared(lambda v: v.prepare_embedding(request), deadline, request.timeout, cancel)
                 command = Embed(job=job, answer=answer, cancel=cancel, deadline=deadline, record=record)
                 await self._admission.aput(command)
             return await _await_until(answer, cancel, deadline)
         finally:
             cancel.cancel()
 
-    async def prepared(self, prepare: Callable[[ModelView], T], deadline: float | None, timeout: float | None) -> T:
-        """`prepare` with the current view, on the preparer's thread. Raises DeadlineExceeded and why there is none."""
+    async def prepared(
+        self,
+        prepare: Callable[[ModelView], T],
+        deadline: float | None,
+        timeout: float | None,
+        cancel: CancelFlag | None = None,
+    ) -> T:
+        """`prepare` with the current view, on the preparer's thread.
+
+        Raises DeadlineExceeded, GenerationCancelled when `cancel` is set during the first load, and why there is
+        no model.
+        """
         try:
             if not self.published.first.done():  # the preparer has others to serve, a reload among them
-                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self.published.first)), _left(deadline))
+                await self.published.shown(seconds_left(deadline), cancel)
             task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
-            return await asyncio.wait_for(asyncio.wrap_future(task), _left(deadline))
+            return await asyncio.wait_for(asyncio.wrap_future(task), seconds_left(deadline))
         except TimeoutError:
             raise DeadlineExceeded(timeout) from None
         except WorkerClosed:
@@ -138,30 +142,24 @@ class Desk:
         raise closed  # here, where no context replaces its cause
 
     def _view_until(self, deadline: float | None, timeout: float | None, cancel: CancelFlag | None = None) -> ModelView:
-        view = self.published.view(_left(deadline), cancel)
+        view = self.published.view(seconds_left(deadline), cancel)
         if view is None:
             raise DeadlineExceeded(timeout)
         return view
 
 
-def _left(deadline: float | None) -> float | None:
-    """Seconds until `deadline`."""
-    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
-
-
 def _wait(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
     """The answer; when the deadline passes the flag is set, and the worker answers so."""
-    if deadline is not None:
-        try:
-            return answer.result(max(deadline - time.monotonic(), 0.0))
-        except TimeoutError:
-            cancel.expire()
+    try:
+        return answer.result(seconds_left(deadline))
+    except TimeoutError:
+        cancel.expire()
     return answer.result()
 
 
 async def _await_until(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:
-    loop = asyncio.get_running_loop()
-    timer = None if deadline is None else loop.call_later(max(deadline - time.monotonic(), 0.0), cancel.expire)
+    left = seconds_left(deadline)
+    timer = None if left is None else asyncio.get_running_loop().call_later(left, cancel.expire)
     try:
         return await asyncio.wrap_future(answer)
     finally:

@@ -25,6 +25,7 @@ from llama_worker._errors import ConfigError, UnsupportedFeatureError
 from llama_worker._health import health_of, without_paths
 from llama_worker._service import Service
 from llama_worker._snapshots import cache_metrics_of, metrics_of
+from llama_worker._status import status_of
 
 logger = logging.getLogger("llama_worker")
 
@@ -58,13 +59,13 @@ def check_platform(feature: str) -> None:
 
 def state_of(service: Service, model: str) -> dict[str, Any]:
     """What a poll gets."""
-    loaded = service.loaded
+    status = status_of(service, model)
     return {
         "pid": os.getpid(),
-        "model": model if loaded is None else loaded.view.info.name,
-        "running": 0 if loaded is None else len(loaded.scheduler.running),
-        "waiting": 0 if loaded is None else len(loaded.scheduler.waiting),
-        "embedding": 0 if loaded is None else len(loaded.embeds),
+        "model": status.model,
+        "running": status.running,
+        "waiting": status.waiting,
+        "embedding": status.embedding,
         "health": asdict(without_paths(health_of(service))),
         "metrics": asdict(metrics_of(service)),
         "cache": asdict(cache_metrics_of(service)),

@@ -7,7 +7,6 @@ hands the whole model over and touches it no more.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -16,10 +15,8 @@ from llama_worker._engine.base import LoadedModel, Loader
 from llama_worker._engine.progress import LoadProgress, watched_by
 from llama_worker._errors import ModelLoadError, TemplateError
 from llama_worker._loader_thread import Errand, Launch
-from llama_worker._parking import Crash, crash_of
+from llama_worker._parking import Crash, crash_of, news
 from llama_worker._view import ModelView
-
-logger = logging.getLogger("llama_worker")
 
 _LOOK = 0.2  # seconds between two looks at whether the thread was given up
 
@@ -45,6 +42,8 @@ class Loading:
     def start(self, launch: Launch, done: Callable[[], None]) -> None:
         """Begin. `done` is called by the loading thread when there is an outcome."""
         self._errand = launch(lambda: self._run(done))
+        if self.crash is not None:  # the watchdog may have been told before it could find the errand
+            news.set()
 
     @property
     def is_done(self) -> bool:

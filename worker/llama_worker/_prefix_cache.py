@@ -72,6 +72,10 @@ class Cells:
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def used(self) -> int:
+        return self.n - len(self._free)
+
     def take(self, count: int) -> list[int]:
         """`count` unused cells, now held once. The caller has made sure that there are as many."""
         taken = self._free[-count:] if count else []
@@ -154,8 +158,7 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         busy = sum(slot.busy for slot in self.slots)
-        used = self.cells.n - self.cells.free
-        return f"<PrefixCache {busy} busy, {len(self.slots) - busy} idle | {used}/{self.cells.n} cells>"
+        return f"<PrefixCache {busy} busy, {len(self.slots) - busy} idle | {self.cells.used}/{self.cells.n} cells>"
 
     @property
     def has_idle(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import Future
 
 from llama_worker._cancel import CancelFlag
 from llama_worker._commands import settle
 from llama_worker._errors import GenerationCancelled, WorkerClosed, copy_of
+from llama_worker._streams import bell
 from llama_worker._view import ModelView
 
 
@@ -52,6 +54,20 @@ class Published:
         if isinstance(value, Exception):
             raise copy_of(value)
         return value
+
+    async def shown(self, timeout: float | None, cancel: CancelFlag | None = None) -> None:
+        """Wait for the first showing, on any event loop. Raises TimeoutError; GenerationCancelled as `view` does."""
+        rung, ring = bell()
+        self.first.add_done_callback(lambda _: ring())
+        if cancel is not None:
+            cancel.arm(ring)
+        try:
+            await asyncio.wait_for(rung, timeout)
+        finally:
+            if cancel is not None:
+                cancel.disarm(ring)
+        if cancel is not None and cancel.cancelled:
+            raise GenerationCancelled()
 
     def _wait(self, timeout: float | None, cancel: CancelFlag | None) -> ModelView | Exception | None:
         if cancel is not None:

@@ -34,7 +34,7 @@ _LOOK = 1.0  # seconds between two looks at the clock while a model is loaded an
 def begin_loading(service: Service, config: ModelConfig) -> None:
     """The first model, or one that was unloaded and is wanted again."""
     service.state = "loading"
-    service.change = Change(config, started=service.clock())
+    service.change = Change(config)
 
 
 def begin_reload(service: Service, command: Reload) -> None:
@@ -44,7 +44,7 @@ def begin_reload(service: Service, command: Reload) -> None:
         if former.loading is not None:
             former.loading.cancel()
         former.answer(ModelLoadError("superseded by a later reload"))
-    service.change = Change(command.config, command=command, started=service.clock())
+    service.change = Change(command.config, command=command)
     if service.loaded is not None:
         service.state = "ready"  # an earlier change may have been draining it
 

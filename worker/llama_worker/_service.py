@@ -65,7 +65,6 @@ class Change:
     """
 
     config: ModelConfig
-    started: float
     command: Reload | None = None
     loading: Loading | None = None
     failure: Exception | None = None

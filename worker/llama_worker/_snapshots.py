@@ -43,7 +43,7 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
     counts = cache.counts
     return CacheMetrics(
         cells=cache.cells.n,
-        used=cache.cells.n - cache.cells.free,
+        used=cache.cells.used,
         shared=int(np.count_nonzero(cache.cells.holders() > 1)),
         slots=len(cache.slots),
         idle=len(idle),

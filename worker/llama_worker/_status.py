@@ -44,6 +44,6 @@ def status_of(service: Service, model: str) -> Status:
         embedding=0 if loaded is None else len(loaded.embeds),
         steps=service.n_steps,
         aborts=service.n_aborts,
-        cells_used=0 if loaded is None else loaded.scheduler.cache.cells.n - loaded.scheduler.cache.cells.free,
+        cells_used=0 if loaded is None else loaded.scheduler.cache.cells.used,
         cells=0 if loaded is None else loaded.scheduler.cache.cells.n,
     )

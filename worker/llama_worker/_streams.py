@@ -17,11 +17,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from llama_worker import _postman
-from llama_worker._cancel import CancelFlag
+from llama_worker._cancel import CancelFlag, seconds_left
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta
 
@@ -166,6 +167,13 @@ class LoopDoor:
 _doors: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDoor] = weakref.WeakKeyDictionary()
 
 
+def bell() -> tuple[asyncio.Future[None], Callable[[], object]]:
+    """A future of the running loop, and what rings it: any thread, never blocks, as often as one likes."""
+    loop = asyncio.get_running_loop()
+    rung: asyncio.Future[None] = loop.create_future()
+    return rung, partial(loop_door(loop).knock, lambda: None if rung.done() else rung.set_result(None))
+
+
 def loop_door(loop: asyncio.AbstractEventLoop) -> LoopDoor:
     """The door of `loop`; call it on that loop."""
     door = _doors.get(loop)
@@ -290,8 +298,8 @@ class AsyncEventStream:
 
     async def _submit(self) -> AsyncMailbox:
         loop = asyncio.get_running_loop()
-        if self._deadline is not None:
-            self._timer = loop.call_later(max(self._deadline - time.monotonic(), 0.0), self._cancel.expire)
+        if (left := seconds_left(self._deadline)) is not None:
+            self._timer = loop.call_later(left, self._cancel.expire)
         mailbox = AsyncMailbox(loop_door(loop), self._cancel, whole=self._whole)
         await self._start(mailbox)
         self._mailbox = mailbox

@@ -10,8 +10,6 @@ neither by the worker nor by the caller.
 from __future__ import annotations
 
 import logging
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from llama_worker import _exit
+from llama_worker._background import Background
 from llama_worker._events import Usage
 from llama_worker._record import Answer, Listener, Record
 from llama_worker._requests import EmbedRequest, GenerationRequest
@@ -197,56 +196,23 @@ def observed(request: GenerationRequest | EmbedRequest, model: str, *listeners: 
 # -- the thread that reports
 
 
-class Reporter:
-    """Runs what it is given, in order, on a daemon thread that starts with the first."""
-
-    def __init__(self) -> None:
-        self._reports: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._starting = threading.Lock()
-        self._started = False
-
-    def start(self) -> None:
-        """Any thread; idempotent."""
-        with self._starting:
-            if not self._started:
-                self._started = True
-                threading.Thread(target=self._run, name="llama-worker-telemetry", daemon=True).start()
-
-    def add(self, report: Callable[[], object]) -> None:
-        """Any thread; never blocks. Somebody has called `start` before."""
-        self._reports.put(report)
-
-    def flush(self, seconds: float) -> bool:
-        """Wait until all that was added before is reported. False when the time was too short."""
-        if not self._started:
-            return True
-        done = threading.Event()
-        self.add(done.set)
-        return done.wait(seconds)
-
-    def _run(self) -> None:
-        while True:
-            report = self._reports.get()
-            try:
-                report()
-            except Exception:  # an exporter's fault is nobody's who asked for a reply
-                logger.exception("a request could not be reported to OpenTelemetry")
-            del report
+def _report(report: Callable[[], object]) -> None:
+    try:
+        report()
+    except Exception:  # an exporter's fault is nobody's who asked for a reply
+        logger.exception("a request could not be reported to OpenTelemetry")
 
 
-_reporter = Reporter()
+_reporter: Background[Callable[[], object]] = Background("llama-worker-telemetry", _report)
 
 
 def flush(seconds: float = PATIENCE) -> bool:
-    """Wait until what has ended so far is reported to the application's providers."""
-    return _reporter.flush(seconds)
-
-
-def _after_fork() -> None:
-    global _reporter  # the parent's thread is not in the child
-    _reporter = Reporter()
+    """Wait until what has ended so far is reported to the application's providers. False when there was no time."""
+    if not _reporter.started:
+        return True
+    done = threading.Event()
+    _reporter.add(done.set)
+    return done.wait(seconds)
 
 
 _exit.after_leaving(flush)  # who is interrupted by leaving has a span too
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
