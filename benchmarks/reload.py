@@ -1,6 +1,7 @@
 """What a reload costs: memory at its peak, and the longest pause of a client that keeps asking.
 
     python -m benchmarks.reload [MODEL ...]
+    python -m benchmarks.reload --large      a synthesised model of 1.8 GB, which takes seconds to load
 
 The weights are read, not mapped, so that memory is the process's own. One model is what the process takes
 with a model loaded, less what it took before: weights, KV cache, compute buffers, vocabulary and template.
@@ -17,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from llama_worker import LlamaWorker, ModelConfig, inspect_model
@@ -108,5 +110,12 @@ def main(models: list[str]) -> int:
     return int(missed)
 
 
+def main_large() -> int:
+    from tests import synth
+
+    with TemporaryDirectory() as folder:
+        return main([str(synth.large_llama(Path(folder) / "large.gguf"))])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or [DEFAULT_MODEL]))
+    sys.exit(main_large() if sys.argv[1:] == ["--large"] else main(sys.argv[1:] or [DEFAULT_MODEL]))

@@ -84,6 +84,14 @@ class _Writer:
         self.gguf.close()
 
 
+class _Tiles(_Writer):
+    """Draws few numbers and repeats them."""
+
+    def matrix(self, name: str, *shape: int) -> None:
+        tile = self._random.standard_normal(100_003) * shape[-1] ** -0.5
+        self.gguf.add_tensor(name, np.resize(tile.astype(np.float16), shape))
+
+
 def llama(
     path: Path,
     *,
@@ -103,6 +111,24 @@ def llama(
         name = f"blk.{layer}."
         _attention(out, name, n_embd=128, n_head=4, n_head_kv=2)
         _feed_forward(out, name, n_embd=128, n_ff=256)
+    out.close()
+    return path
+
+
+def large_llama(path: Path, *, n_layer: int = 8, n_vocab: int = 200_000) -> Path:
+    """A model that takes seconds to load, F16: 2048 wide, 120 MB a layer, with the vocabulary of a large one.
+
+    Its weights repeat, for they are there to be loaded.
+    """
+    out = _Tiles(path, "llama", "f16", seed=0, n_vocab=n_vocab)
+    _attention_shape(out.gguf, n_embd=2048, n_ff=8192, n_layer=n_layer, n_head=16, n_head_kv=4, n_vocab=n_vocab)
+    _sentencepiece(out.gguf, n_vocab=n_vocab)
+    out.matrix("token_embd.weight", n_vocab, 2048)  # and, without one of its own, the output matrix
+    out.ones("output_norm.weight", 2048)
+    for layer in range(n_layer):
+        name = f"blk.{layer}."
+        _attention(out, name, n_embd=2048, n_head=16, n_head_kv=4)
+        _feed_forward(out, name, n_embd=2048, n_ff=8192)
     out.close()
     return path
 
@@ -301,7 +327,8 @@ def _words(n: int) -> list[str]:
     """Exactly `n` pieces, best first: letters are merged to words through the words' own prefixes."""
     letters = [_SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
     prefixes = dict.fromkeys(_SPACE + word[:end] for word in _WORDS for end in range(1, len(word) + 1))
-    return [*list(prefixes)[: n - len(letters)], *letters]
+    fillers = (f"{_SPACE}{number:x}" for number in range(n))
+    return [*list(dict.fromkeys([*prefixes, *fillers]))[: n - len(letters)], *letters]
 
 
 def _wordpiece(w: Any) -> None:
