@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -61,6 +62,21 @@ def one_stream(complete: Complete) -> Figures:
     listen(complete(workload.story(8, seed=99), 8), 8)
     heard = listen(complete(work.prompts()[0], work.n_tokens), work.n_tokens)
     return {"tok_s": work.n_decodes / (heard.last - heard.first), "ttft_s": heard.ttft, "tokens": heard.tokens}
+
+
+def schema(free: Complete, constrained: Complete) -> Figures:
+    """Rates of the same number of tokens, free and held to a JSON schema, in turn; prompts are cached for both."""
+    work = workload.SCHEMA
+    prompt = work.prompts()[0]
+
+    def rate(complete: Complete) -> float:
+        heard = listen(complete(prompt, work.n_tokens), work.n_tokens)
+        assert complete is free or heard.text.lstrip().startswith("["), "the schema was not kept"
+        return work.n_tokens / (heard.last - heard.asked)
+
+    _warm, *pairs = [(rate(free), rate(constrained)) for _ in range(workload.SCHEMA_ROUNDS + 1)]
+    medians = [statistics.median(rates) for rates in zip(*pairs, strict=True)]
+    return {"free_tok_s": medians[0], "schema_tok_s": medians[1], "tokens": work.n_tokens}
 
 
 def eight_streams(complete: Complete, *, serial: bool = False) -> Figures:

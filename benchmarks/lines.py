@@ -101,6 +101,7 @@ def _report(text: str, figure: tuple[str, str]) -> Claim:
 OURS = "llama-worker"
 BENCH, BATCHED, BATCHED_UNIFIED = "llama-bench", "llama-batched-bench", "llama-batched-bench -kvu"
 SERVER, LANGCHAIN, XLLAMACPP = "llama-server", "ChatLlamaCpp", "xllamacpp"
+LLAMA = "llama-cpp-python"
 BOUND, CTYPES = "bare loop", "plain ctypes loop"
 
 
@@ -175,6 +176,26 @@ AGENTS = Line(
         _ratio("mean TTFT: × llama-server", (SERVER, "ttft_s"), (OURS, "ttft_s"), 1.4),
         _ratio("mean TTFT: × ChatLlamaCpp", (LANGCHAIN, "ttft_s"), (OURS, "ttft_s"), 2.0),
         _ratio("mean TTFT: × xllamacpp", (XLLAMACPP, "ttft_s"), (OURS, "ttft_s"), None),
+    ),
+    rounds=5,
+)
+
+SCHEMA = Line(
+    name="schema",
+    title="One stream held to a JSON schema",
+    unit="tok/s",
+    shown="schema_tok_s",
+    contestants=(
+        Contestant(name=OURS, script="ours", work="schema"),
+        _server("schema", gates=False),
+        Contestant(name=LLAMA, script="langchain_llamacpp", work="schema", environment="langchain", gates=False),
+    ),
+    claims=(
+        _ratio("of free decoding", (OURS, "schema_tok_s"), (OURS, "free_tok_s"), 0.95),
+        _ratio("llama-server, of its free decoding", (SERVER, "schema_tok_s"), (SERVER, "free_tok_s"), None),
+        _ratio("llama-cpp-python, of its free decoding", (LLAMA, "schema_tok_s"), (LLAMA, "free_tok_s"), None),
+        _ratio("× llama-server", (OURS, "schema_tok_s"), (SERVER, "schema_tok_s"), None),
+        _ratio("× llama-cpp-python", (OURS, "schema_tok_s"), (LLAMA, "schema_tok_s"), None),
     ),
     rounds=5,
 )
@@ -289,6 +310,7 @@ LINES = (
     ONE_STREAM,
     EIGHT_STREAMS,
     AGENTS,
+    SCHEMA,
     EMBEDDINGS,
     CANCEL,
     BUSY,

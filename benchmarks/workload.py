@@ -75,6 +75,27 @@ ONE_STREAM = Generation(streams=1, prompt_words=62, prompt_tokens=64, n_tokens=2
 EIGHT_STREAMS = Generation(streams=8, prompt_words=30, prompt_tokens=32, n_tokens=129, n_ctx=2048)
 BUSY = Generation(streams=4, prompt_words=14, prompt_tokens=16, n_tokens=65, n_ctx=512)
 
+SCHEMA = Generation(streams=1, prompt_words=62, prompt_tokens=64, n_tokens=193, n_ctx=512)
+SCHEMA_ROUNDS = 3
+RECORDS = {
+    "type": "array",
+    "minItems": 40,
+    "maxItems": 60,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 12, "maxLength": 60},
+            "kind": {"enum": ["harbour", "lighthouse", "ferry", "island"]},
+            "depth": {"type": "number"},
+            "open": {"type": "boolean"},
+            "notes": {"type": "array", "items": {"type": "string", "minLength": 20, "maxLength": 80}, "minItems": 1},
+        },
+        "required": ["name", "kind", "depth", "open", "notes"],
+        "additionalProperties": False,
+    },
+}
+"""A document that is longer than what is sampled of it: nobody comes to its end."""
+
 AGENTS, TURNS, TURN_TOKENS, AGENTS_N_CTX = 4, 4, 32, 8192
 SYSTEM_WORDS, USER_WORDS = 500, 60
 EMBED_TEXTS, EMBED_MIN_WORDS, EMBED_MAX_WORDS = 256, 8, 60

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import llama_cpp.llama_cpp as bindings
 from langchain_community.chat_models import ChatLlamaCpp
 from langchain_community.embeddings import LlamaCppEmbeddings
-from llama_cpp import Llama
+from llama_cpp import Llama, LlamaGrammar
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from benchmarks import drive, workload
@@ -57,6 +58,24 @@ def one_stream(model: str, threads: str) -> Figures:
     return drive.one_stream(Serial(model, threads, n_ctx=workload.ONE_STREAM.n_ctx).complete)
 
 
+def schema(model: str, threads: str) -> Figures:
+    """`Llama` itself: ChatLlamaCpp passes a grammar on and adds nothing."""
+    sizes = {"n_ctx": workload.SCHEMA.n_ctx, "n_batch": 512, "n_threads": int(threads)}
+    llama = Llama(model, verbose=False, **sizes)
+    bindings.llama_vocab_is_eog = lambda vocab, token: False
+    grammar = LlamaGrammar.from_json_schema(json.dumps(workload.RECORDS), verbose=False)
+
+    def complete(prompt: str, n_tokens: int, grammar: LlamaGrammar | None = None) -> Pieces:
+        sampling = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": n_tokens, "grammar": grammar}
+        ended = None
+        for chunk in llama.create_completion(prompt, stream=True, **sampling):
+            ended = chunk["choices"][0]["finish_reason"] or ended
+            yield chunk["choices"][0]["text"]
+        return n_tokens if ended == "length" else 0
+
+    return drive.schema(complete, lambda prompt, n_tokens: complete(prompt, n_tokens, grammar))
+
+
 def eight_streams(model: str, threads: str) -> Figures:
     return drive.eight_streams(Serial(model, threads, n_ctx=workload.EIGHT_STREAMS.n_ctx).complete, serial=True)
 
@@ -77,4 +96,12 @@ def embeddings(model: str, threads: str) -> Figures:
 
 
 if __name__ == "__main__":
-    main({"one_stream": one_stream, "eight_streams": eight_streams, "agents": agents, "embeddings": embeddings})
+    main(
+        {
+            "one_stream": one_stream,
+            "eight_streams": eight_streams,
+            "schema": schema,
+            "agents": agents,
+            "embeddings": embeddings,
+        }
+    )

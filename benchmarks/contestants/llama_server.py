@@ -27,13 +27,16 @@ class Server:
     def __init__(self, port: int) -> None:
         self._port = port
 
-    def complete(self, prompt: str, n_tokens: int) -> Pieces:
-        asked = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    def complete(self, prompt: str, n_tokens: int, **more: Any) -> Pieces:
+        asked = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True} | more
         tokens = 0
         for event in self._events("/completion", asked):
             yield event.get("content", "")
             tokens = event.get("tokens_predicted", tokens)
         return tokens
+
+    def constrained(self, prompt: str, n_tokens: int) -> Pieces:
+        return self.complete(prompt, n_tokens, json_schema=workload.RECORDS)
 
     def chat(self, messages: Sequence[ChatMessage], n_tokens: int) -> Pieces:
         asked = {"messages": list(messages), "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
@@ -96,6 +99,11 @@ def one_stream(model: str, threads: str) -> Figures:
         return drive.one_stream(server.complete)
 
 
+def schema(model: str, threads: str) -> Figures:
+    with running(model, threads, n_ctx=workload.SCHEMA.n_ctx, slots=1) as server:
+        return drive.schema(server.complete, server.constrained)
+
+
 def eight_streams(model: str, threads: str) -> Figures:
     work = workload.EIGHT_STREAMS
     with running(model, threads, n_ctx=work.n_ctx, slots=work.streams) as server:
@@ -134,4 +142,6 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
 
 
 if __name__ == "__main__":
-    main({"one_stream": one_stream, "eight_streams": eight_streams, "agents": agents, "cancel": cancel})
+    main(
+        {"one_stream": one_stream, "eight_streams": eight_streams, "schema": schema, "agents": agents, "cancel": cancel}
+    )

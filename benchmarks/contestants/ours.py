@@ -53,6 +53,17 @@ def one_stream(model: str, threads: str) -> Figures:
         return drive.one_stream(Worker(worker).complete)
 
 
+def schema(model: str, threads: str) -> Figures:
+    form = {"type": "json_schema", "json_schema": workload.RECORDS}
+
+    with _open(model, threads, workload.SCHEMA) as worker:
+
+        def constrained(prompt: str, n_tokens: int) -> Pieces:
+            return _pieces(worker.stream(prompt, max_tokens=n_tokens, temperature=0.0, response_format=form))
+
+        return drive.schema(Worker(worker).complete, constrained)
+
+
 def eight_streams(model: str, threads: str) -> Figures:
     with _open(model, threads, workload.EIGHT_STREAMS) as worker:
         return drive.eight_streams(Worker(worker).complete)
@@ -172,6 +183,7 @@ if __name__ == "__main__":
         {
             "one_stream": one_stream,
             "eight_streams": eight_streams,
+            "schema": schema,
             "agents": agents,
             "agents_core": agents_core,
             "embeddings": embeddings,
