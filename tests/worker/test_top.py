@@ -27,7 +27,7 @@ from llama_worker import (
 from llama_worker import _exporter as exporter
 from llama_worker.__main__ import main
 from llama_worker._exporter import poll, state_of
-from llama_worker._top import HEADINGS, look, row
+from llama_worker._top import HEADINGS, fitting, look, row
 from llama_worker.testing import Gate, fake_loader, fake_worker
 from tests.worker.waiting import in_thread, wait_until
 
@@ -241,3 +241,13 @@ def test_what_is_exported_names_files_without_their_folders():
     reason = state_of(worker._service, "model")["health"]["reason"]
     assert "model.gguf" in reason
     assert "alice" not in reason
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(worker: LlamaWorker, width: int) -> None:
+    worker.generate(SECRET, max_tokens=5)
+    lines = [HEADINGS, row(poll(worker.export()), None, 0.0)]
+    kept = fitting(lines, width)
+    assert sum(1 + max(len(line[column]) for line in lines) for column in kept) <= width
+    assert {"model", "health", "run", "tok/s", "failed"} <= {HEADINGS[column] for column in kept}
+    assert kept == list(range(len(HEADINGS))) if width == 160 else kept == sorted(kept)

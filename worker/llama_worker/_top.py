@@ -21,6 +21,8 @@ HEADINGS = (
     *("pid", "model", "health", "run", "wait", "queue", "cells", "reuse"),
     *("tok/s", "prefill/s", "TTFT", "p95", "per token", "done", "failed"),
 )
+_SPARED = ("prefill/s", "p95", "queue", "cells", "per token", "pid", "reuse", "done", "TTFT", "wait")
+"""What a narrow terminal does without, the least needed first."""
 _WIDE = 160  # columns of a frame that no terminal limits
 
 
@@ -39,13 +41,13 @@ def top(path: str | None, *, once: bool, interval: float) -> None:
     if not console.is_terminal:
         console = Console(width=_WIDE)
     if once:
-        console.print(frame({}, states, 0.0))
+        console.print(frame({}, states, 0.0, console.width))
         return
-    with Live(frame({}, states, 0.0), console=console, screen=True, auto_refresh=False) as live:
+    with Live(frame({}, states, 0.0, console.width), console=console, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             before, states = states, look(path)
-            live.update(frame(before, states, interval), refresh=True)
+            live.update(frame(before, states, interval, console.width), refresh=True)
 
 
 def look(path: str | None) -> dict[Path, State]:
@@ -60,17 +62,31 @@ def look(path: str | None) -> dict[Path, State]:
     return states
 
 
-def frame(before: Mapping[Path, State], states: Mapping[Path, State], seconds: float) -> Table:
-    """One line for each worker; rates are those of the last `seconds` where there is a state from before."""
+def frame(before: Mapping[Path, State], states: Mapping[Path, State], seconds: float, width: int) -> Table:
+    """One line for each worker, in `width` columns; rates are those of the last `seconds` where there is a state
+    from before."""
     from rich.table import Table
 
-    table = Table(*HEADINGS, box=None, padding=(0, 1, 0, 0))
-    for path, state in states.items():
-        table.add_row(*row(state, before.get(path), seconds))
+    lines = [HEADINGS, *(row(state, before.get(path), seconds) for path, state in states.items())]
+    kept = fitting(lines, width)
+    headings, *rows = [[line[column] for column in kept] for line in lines]
+    table = Table(*headings, box=None, padding=(0, 1, 0, 0))
+    for cells in rows:
+        table.add_row(*cells)
     for state in states.values():
         if state["health"]["reason"]:
             table.caption = f"{table.caption or ''}{state['pid']}: {state['health']['reason']}\n"
     return table
+
+
+def fitting(lines: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The columns of `lines`, whose first has the headings, that can be shown whole in `width` characters."""
+    kept = list(range(len(HEADINGS)))
+    for spared in _SPARED:
+        if sum(1 + max(len(line[column]) for line in lines) for column in kept) <= width:
+            break
+        kept.remove(HEADINGS.index(spared))
+    return kept
 
 
 def row(state: State, before: State | None, seconds: float) -> list[str]:
