@@ -82,10 +82,14 @@ def test_the_documented_errors_are_the_real_ones() -> None:
 
 
 def test_the_migration_tables_name_our_parameters() -> None:
-    """Whatever the right-hand columns call ours is a field of one of the three settings, or an adapter's own."""
-    from llama_worker import ModelConfig, SamplingParams, WorkerConfig
+    """Whatever the right-hand columns call ours is a field of a setting or a request, or an adapter's method."""
+    from llama_index.llms.llama_worker import LlamaWorkerLLM
 
-    ours = {*ModelConfig.model_fields, *WorkerConfig.model_fields, *SamplingParams.model_fields, "timeout"}
+    from langchain_llama_worker import ChatLlamaWorker
+    from llama_worker import GenerationRequest, ModelConfig, SamplingParams, WorkerConfig
+
+    settings = (ModelConfig, WorkerConfig, SamplingParams, GenerationRequest)
+    ours = {name for kind in settings for name in kind.model_fields} | {*dir(ChatLlamaWorker), *dir(LlamaWorkerLLM)}
     migration = (ROOT / "README.md").read_text(encoding="utf-8").split("## Migration", 1)[1].split("\n## ", 1)[0]
     rows = [line.split("|")[2] for line in migration.splitlines() if line.startswith("| `")]
     named = {name for cell in rows for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", cell)}

@@ -21,12 +21,16 @@ from llama_worker import (
     GenerationCancelled,
     LlamaWorker,
     Message,
+    ReasoningDelta,
     Reply,
     StreamEvent,
     TextDelta,
+    ToolCallDelta,
+    ToolCallEnded,
+    ToolCallStarted,
 )
 
-Answer: TypeAlias = TextDelta | Finished
+Answer: TypeAlias = TextDelta | ReasoningDelta | ToolCallStarted | ToolCallDelta | ToolCallEnded | Finished
 """An event of a stream that has not failed and was not cancelled."""
 
 
@@ -88,4 +92,13 @@ def _answer(event: StreamEvent, call: Call) -> Answer:
 
 
 def _reply(end: Finished, model: str) -> Reply:
-    return Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model=model, logprobs=end.logprobs)
+    return Reply(
+        text=end.text,
+        finish_reason=end.reason,
+        usage=end.usage,
+        model=model,
+        logprobs=end.logprobs,
+        reasoning=end.reasoning,
+        tool_calls=end.tool_calls,
+        invalid_tool_calls=end.invalid_tool_calls,
+    )

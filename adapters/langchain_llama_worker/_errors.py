@@ -28,6 +28,7 @@ _COUNTERPARTS: tuple[tuple[type[ours.LlamaWorkerError], str], ...] = (
     (ours.ModelLoadError, "ModelError"),
     (ours.QueueFull, "ModelRateLimitError"),
     (ours.DeadlineExceeded, "ModelTimeoutError"),
+    (ours.InvalidOutputError, "ModelAPIError"),
     (ours.GenerationError, "ModelAPIError"),
     (ours.WorkerDied, "ModelConnectionError"),
     (ours.WorkerClosed, "ModelConnectionError"),

@@ -1,33 +1,14 @@
-"""Translations between LangChain's messages and the worker's, all pure."""
+"""LangChain's messages as the worker's, all pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
-from langchain_core.outputs import (
-    ChatGeneration,
-    ChatGenerationChunk,
-    ChatResult,
-    Generation,
-    GenerationChunk,
-    LLMResult,
-)
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, ToolMessage
 
-from langchain_llama_worker._calls import Answer
-from langchain_llama_worker._params import PROVIDER
-from llama_worker import (
-    Finished,
-    InvalidRequestError,
-    Message,
-    Reply,
-    TextDelta,
-    TokenLogprob,
-    UnsupportedFeatureError,
-    Usage,
-)
+from langchain_llama_worker._cut import begun_arguments
+from llama_worker import InvalidRequestError, Message, ToolCall, UnsupportedFeatureError
 
 _ROLES = {
     "system": "system",
@@ -41,124 +22,103 @@ _ROLES = {
 }
 _TEXT = ("text", "text-plain")
 _THOUGHTS = ("reasoning", "reasoning_content", "thinking", "redacted_thinking")
+_CALLS = ("tool_call", "tool_use", "tool_call_chunk", "invalid_tool_call", "function_call")
 
 
 def to_core(messages: Sequence[BaseMessage]) -> list[Message]:
-    """LangChain's messages as the worker's. Raises UnsupportedFeatureError for what is not text."""
+    """LangChain's messages as the worker's. Raises UnsupportedFeatureError for what is neither text nor call."""
     return [_message(message) for message in messages]
 
 
 def _message(message: BaseMessage) -> Message:
-    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
-        raise UnsupportedFeatureError("a message with tool calls", "leave them out of the history or give them as text")
-    # A streamed message is an answer as well: its type is "AIMessageChunk".
+    if isinstance(message, AIMessage):
+        return _answer(message)
+    if isinstance(message, ToolMessage):
+        return _result(message)
     kind = message.role if isinstance(message, ChatMessage) else message.type.removesuffix("MessageChunk").lower()
     if kind not in _ROLES:
         raise InvalidRequestError("role", kind, f"the roles are {', '.join(_ROLES)}")
-    return Message(role=_ROLES[kind], content=_text(message.content), name=message.name)  # type: ignore[arg-type]
+    return Message(role=_ROLES[kind], content=_text(_blocks(message)), name=message.name)  # type: ignore[arg-type]
 
 
-def _text(content: str | Iterable[str | dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(map(_block_text, content))
-
-
-def _block_text(block: str | dict[str, Any]) -> str:
-    if isinstance(block, str):
-        return block
-    kind = block.get("type")
-    if kind in _TEXT and isinstance(block.get("text"), str):
-        return str(block["text"])
-    if kind in _THOUGHTS:
-        return ""  # what a model thought on an earlier turn is not part of the conversation
-    raise UnsupportedFeatureError(f"a content block of type {kind!r}", "this model reads text; send text blocks only")
-
-
-def usage_metadata(usage: Usage) -> UsageMetadata:
-    return UsageMetadata(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        total_tokens=usage.total_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+def _result(message: ToolMessage) -> Message:
+    """What a tool gave. No template knows a status, so a failure is said in words."""
+    text = _text(_blocks(message))
+    failed = message.status == "error" and not text.lstrip().lower().startswith("error")
+    return Message(
+        role="tool",
+        content=f"Error: {text}" if failed else text,
+        name=message.name,
+        tool_call_id=message.tool_call_id,
     )
 
 
-def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """In OpenAI's shape, which users of LangChain know; {} when none were asked for."""
-    content = [
-        {**_entry(e.text, e.logprob), "top_logprobs": [_entry(text, logprob) for _, text, logprob in e.top]}
-        for e in entries
-    ]
-    return {"logprobs": {"content": content}} if content else {}
+def _answer(message: AIMessage) -> Message:
+    """What a model said, thought and called. Calls may be in the content, in `tool_calls`, or in both."""
+    blocks = list(_blocks(message))
+    rest = [block for block in blocks if block.get("type") not in (*_THOUGHTS, *_CALLS)]
+    return Message(
+        role="assistant",
+        content=_text(rest),
+        name=message.name,
+        reasoning=_thoughts(message, blocks),
+        tool_calls=tuple(_calls(message, blocks)),
+    )
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "bytes": list(text.encode("utf-8", "surrogatepass")), "logprob": logprob}
+def _blocks(message: BaseMessage) -> Iterator[Mapping[str, Any]]:
+    content = [message.content] if isinstance(message.content, str) else message.content
+    for block in content:
+        yield {"type": "text", "text": block} if isinstance(block, str) else block
 
 
-def chat_result(reply: Reply, model: str) -> ChatResult:
-    metadata = {"model_name": model, "model_provider": PROVIDER, **_logprobs(reply.logprobs)}
-    usage = usage_metadata(reply.usage)
-    message = AIMessage(content=reply.text, usage_metadata=usage, response_metadata=metadata)
-    return ChatResult(generations=[ChatGeneration(message=message, generation_info=_ending(reply.finish_reason))])
+def _text(blocks: Iterator[Mapping[str, Any]] | Sequence[Mapping[str, Any]]) -> str:
+    return "".join(map(_block_text, blocks))
 
 
-class ChatChunks:
-    """Turns the events of one stream into chunks that add up to what `chat_result` gives.
+def _block_text(block: Mapping[str, Any]) -> str:
+    kind = block.get("type")
+    if kind in _TEXT and isinstance(block.get("text"), str):
+        return str(block["text"])
+    raise UnsupportedFeatureError(f"a content block of type {kind!r}", "this model reads text; send text blocks only")
 
-    Chunks are merged by adding: strings are joined and numbers summed. So each value goes out once, and
-    only the provider's name, which LangChain exempts, on every chunk.
-    """
 
-    def __init__(self, model: str, *, usage: bool) -> None:
-        self._once: dict[str, Any] = {"model_name": model}
-        self._usage = usage
-        self._n_logprobs = 0
+def _thoughts(message: AIMessage, blocks: Sequence[Mapping[str, Any]]) -> str | None:
+    """In blocks, or where models without blocks have them. The template decides whether to show them again."""
+    told = "".join(_thought(block) for block in blocks if block.get("type") in _THOUGHTS)
+    aside = message.additional_kwargs.get("reasoning_content")
+    return told or (aside if isinstance(aside, str) else None) or None
 
-    def chunk(self, event: Answer) -> ChatGenerationChunk:
-        metadata = {**self._once, "model_provider": PROVIDER, **self._fresh_logprobs(event)}
-        self._once = {}
-        if isinstance(event, TextDelta):
-            return ChatGenerationChunk(message=AIMessageChunk(content=event.text, response_metadata=metadata))
-        message = AIMessageChunk(
-            content="",
-            usage_metadata=usage_metadata(event.usage) if self._usage else None,
-            response_metadata=metadata,
-            chunk_position="last",
+
+def _thought(block: Mapping[str, Any]) -> str:
+    """LangChain's own form, or that of Anthropic, Bedrock or OpenAI. Encrypted thoughts are none."""
+    inner = block.get("reasoning_content")
+    parts = [block.get("reasoning"), block.get("thinking"), inner.get("text") if isinstance(inner, Mapping) else None]
+    summary = block.get("summary")
+    parts += [part.get("text") for part in summary if isinstance(part, Mapping)] if isinstance(summary, list) else []
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _calls(message: AIMessage, blocks: Sequence[Mapping[str, Any]]) -> Iterator[ToolCall]:
+    known = [*message.tool_calls, *message.invalid_tool_calls]
+    for call in message.tool_calls:
+        yield ToolCall(id=call["id"] or "", name=call["name"], arguments=call["args"])
+    for broken in message.invalid_tool_calls:
+        yield ToolCall(
+            id=broken["id"] or "", name=broken["name"] or "unknown", arguments=begun_arguments(broken["args"] or "")
         )
-        return ChatGenerationChunk(message=message, generation_info=_ending(event.reason))
-
-    def _fresh_logprobs(self, event: Answer) -> dict[str, Any]:
-        # The end has all entries: what no delta carried, because it made no text, goes out with it.
-        fresh = event.logprobs[self._n_logprobs :] if isinstance(event, Finished) else event.logprobs
-        self._n_logprobs += len(fresh)
-        return _logprobs(fresh)
+    ids = {call["id"] for call in known}
+    for block in blocks:
+        if block.get("type") in _CALLS and not (known and block.get("id") in {*ids, None}):
+            yield from _block_call(block, known=bool(known))
 
 
-def llm_result(replies: Sequence[Reply], model: str) -> LLMResult:
-    """One generation for each reply, in order, and the sum of their usage."""
-    generations = [[Generation(text=r.text, generation_info=_info(r, r.finish_reason, model))] for r in replies]
-    total = {
-        "prompt_tokens": sum(reply.usage.prompt_tokens for reply in replies),
-        "completion_tokens": sum(reply.usage.completion_tokens for reply in replies),
-        "total_tokens": sum(reply.usage.total_tokens for reply in replies),
-    }
-    return LLMResult(generations=generations, llm_output={"token_usage": total, "model_name": model})
-
-
-def generation_chunk(event: Answer, model: str, *, usage: bool) -> GenerationChunk:
-    """Everything but the text goes out with the end, so that nothing is merged twice."""
-    if isinstance(event, TextDelta):
-        return GenerationChunk(text=event.text)
-    info = _info(event, event.reason, model)
-    if not usage:
-        del info["usage_metadata"]
-    return GenerationChunk(text="", generation_info=info)
-
-
-def _info(end: Reply | Finished, reason: str, model: str) -> dict[str, Any]:
-    shared = {"model_name": model, "model_provider": PROVIDER, "usage_metadata": usage_metadata(end.usage)}
-    return {**_ending(reason), **shared, **_logprobs(end.logprobs)}
-
-
-def _ending(reason: str) -> dict[str, Any]:
-    return {"finish_reason": reason}
+def _block_call(block: Mapping[str, Any], *, known: bool) -> Iterator[ToolCall]:
+    """A call that only the content tells. A provider's own form of one that `tool_calls` has as well is passed over."""
+    if block.get("type") in ("tool_call", "tool_use"):
+        arguments = block["args"] if "args" in block else block.get("input") or {}
+        yield ToolCall.model_validate({"id": block.get("id") or "", "name": block.get("name"), "arguments": arguments})
+    elif not known:
+        raise UnsupportedFeatureError(
+            f"a content block of type {block.get('type')!r}", "give the calls of a message as its tool_calls"
+        )

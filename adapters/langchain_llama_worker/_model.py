@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from langchain_core.language_models.base import LangSmithParams
-from pydantic import model_validator
+from pydantic import BaseModel, model_validator
 
 from langchain_llama_worker._calls import Call
 from langchain_llama_worker._errors import mapped_errors
 from langchain_llama_worker._params import PROVIDER, ModelFields, SamplingFields, log_inert, merged_stops
+from langchain_llama_worker._tools import core_format
 from llama_worker import (
     InvalidRequestError,
     Message,
     ModelConfig,
     SamplingParams,
+    ToolSpec,
     UnsupportedFeatureError,
     __version__,
 )
 
 # Keywords that LangChain passes along and that mean nothing more here.
-_INERT = frozenset({"api_key", "parallel_tool_calls", "tool_choice", "strict"})
+_INERT = frozenset({"api_key", "strict", "parallel_tool_calls", "tool_choice"})
 _FORBIDDEN = {
-    "tools": "call the model without tools",
-    "functions": "call the model without functions",
-    "response_format": "ask for the format in the prompt and parse the reply",
+    "tools": "a completion calls none; use ChatLlamaWorker",
+    "functions": "give tools",
+    "function_call": "give tool_choice",
 }
 _OPTIONS = frozenset({"model", "timeout", "stream", "stream_usage"})
 
@@ -33,12 +35,23 @@ _OPTIONS = frozenset({"model", "timeout", "stream", "stream_usage"})
 class GenerationFields(SamplingFields, ModelFields):
     """The fields and the inner workings of a generating model.
 
-    Every keyword of SamplingFields, `timeout`, `stop`, `stream_usage` and `model` may be given to each
-    call. A call's `model` is another model, opened with the other settings of this object.
+    Every keyword of SamplingFields, `response_format`, `timeout`, `stop`, `stream_usage` and `model` may be given to
+    each call. A call's `model` is another model, opened with the other settings of this object.
+
+    `response_format` says what the text must be: a dict of OpenAI's form, a llama_worker.ResponseFormat (a regex,
+    choices or a grammar among others), or a class whose objects are wanted.
     """
 
     streaming: bool | None = None
     stream_usage: bool = True
+    response_format: Any = None
+
+    _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format"})
+
+    @model_validator(mode="after")
+    def _check_asked_fields(self) -> Self:
+        self._asked({})
+        return self
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -62,7 +75,17 @@ class GenerationFields(SamplingFields, ModelFields):
         # their stops must not share an entry of a cache.
         sampling = self._sampling().model_dump()
         stops = sampling.pop("stop")
-        return {**self._settings().model_dump(), **sampling, "stop_sequences": list(stops)}
+        return {**self._settings().model_dump(), **sampling, **self._asked_by_default, "stop_sequences": list(stops)}
+
+    @property
+    def _asked_by_default(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in sorted(self._asked_names & set(type(self).model_fields))}
+        fields["response_format"] = core_format(self.response_format)
+        return {name: _plain(value) for name, value in fields.items() if value is not None}
+
+    def __repr_args__(self) -> Any:
+        shown = {name: value for name, value in self._asked_by_default.items() if isinstance(value, str | int)}
+        return [*super().__repr_args__(), *shown.items()]
 
     def _tracing_params(
         self, kind: Literal["chat", "llm"], stop: list[str] | None, kwargs: Mapping[str, Any]
@@ -83,7 +106,7 @@ class GenerationFields(SamplingFields, ModelFields):
 
     def _call(self, prompt: str | Sequence[Message], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """One request with the keywords of one call. Raises typed errors for what cannot be meant."""
-        _check_keywords(kwargs)
+        self._check_keywords(kwargs)
         model, timeout, usage = (kwargs.get(name) for name in ("model", "timeout", "stream_usage"))
         changes = {name: value for name, value in kwargs.items() if name in SamplingParams.model_fields}
         sampling = self._sampling(stop, changes).model_dump(exclude_unset=True)
@@ -91,33 +114,48 @@ class GenerationFields(SamplingFields, ModelFields):
             connect=lambda: self._connect(model),
             model=self._served(model),
             prompt=prompt,
-            options={**sampling, "timeout": self.timeout if timeout is None else timeout},
+            options={**sampling, **self._asked(kwargs), "timeout": self.timeout if timeout is None else timeout},
             stream_usage=self.stream_usage if usage is None else usage,
             retry=self._retry,
         )
+
+    def _asked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What is asked of the answer beside its sampling, as the worker's keywords. What nobody gave is not there."""
+        wanted = core_format(self._said(kwargs, "response_format"), strict=kwargs.get("strict"))
+        return {} if wanted is None else {"response_format": wanted}
+
+    def _said(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        """What the call says, or the constructor if the call says None."""
+        value = kwargs.get(name)
+        return getattr(self, name) if value is None else value
+
+    def _check_keywords(self, kwargs: Mapping[str, Any]) -> None:
+        known = {*_OPTIONS, *SamplingParams.model_fields, *self._asked_names}
+        for name, value in kwargs.items():
+            if name in known:
+                continue
+            if name not in _INERT and name not in _FORBIDDEN:
+                raise InvalidRequestError(name, value, _unknown(name, self._asked_names))
+            if name in _FORBIDDEN and value:
+                raise UnsupportedFeatureError(name, _FORBIDDEN[name])
+            if value is not None:
+                log_inert(name)
 
     def _tokens(self, text: str) -> list[int]:
         with mapped_errors():
             return self._connect().tokenize(text)
 
-    def _count(self, text_or_messages: str | Sequence[Message]) -> int:
+    def _count(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> int:
         with mapped_errors():
-            return self._connect().count_tokens(text_or_messages)
+            return self._connect().count_tokens(messages, tools=tools)
 
 
-def _check_keywords(kwargs: Mapping[str, Any]) -> None:
-    for name, value in kwargs.items():
-        if name in _OPTIONS or name in SamplingParams.model_fields:
-            continue
-        if name not in _INERT and name not in _FORBIDDEN:
-            raise InvalidRequestError(name, value, _unknown(name))
-        if name in _FORBIDDEN and value:
-            raise UnsupportedFeatureError(name, _FORBIDDEN[name])
-        if value is not None:
-            log_inert(name)
-
-
-def _unknown(name: str) -> str:
+def _unknown(name: str, asked: Iterable[str]) -> str:
     if name in ModelConfig.model_fields:
         return "belongs to the model, not to a call; give it to the constructor"
-    return "unknown; a call takes the fields of SamplingParams, stop, timeout, model and stream_usage"
+    more = ", ".join(["model", "stop", "stream_usage", "timeout", *sorted(asked)])
+    return f"unknown; a call takes the fields of SamplingParams, {more}"
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else value

@@ -8,10 +8,20 @@ from langchain_core.language_models import ModelProfile
 
 from llama_worker import ModelInfo
 
+# What the templates of models that think speak of, each in its own words.
+_THOUGHTS = ("reasoning_content", "enable_thinking", "<think", "[THINK]", "<|channel|>", "<|inner_prefix|>")
 
-def profile_of(info: ModelInfo, *, n_ctx: int, max_tokens: int | None) -> ModelProfile:
-    """`n_ctx` is what prompt and completion may use together; 0 means the trained context."""
+
+def profile_of(
+    info: ModelInfo, *, n_ctx: int, max_tokens: int | None, chat_template: str | None = None
+) -> ModelProfile:
+    """`n_ctx` is what prompt and completion may use together; 0 means the trained context.
+
+    Calls and formats are enforced while they are sampled, so every model that generates can be given tools.
+    """
     limit = n_ctx or info.n_ctx_train
+    generates = not info.is_embedding
+    template = chat_template or info.chat_template or ""
     facts: dict[str, Any] = {
         "name": info.name,
         "open_weights": True,
@@ -25,9 +35,13 @@ def profile_of(info: ModelInfo, *, n_ctx: int, max_tokens: int | None) -> ModelP
         "image_outputs": False,
         "audio_outputs": False,
         "video_outputs": False,
-        "reasoning_output": False,
-        "tool_calling": False,
-        "structured_output": False,
+        "reasoning_output": generates and any(mark in template for mark in _THOUGHTS),
+        "tool_calling": generates,
+        "tool_choice": generates,
+        "tool_call_streaming": generates,
+        "structured_output": generates,
+        "image_tool_message": False,
+        "pdf_tool_message": False,
         "temperature": True,
     }
     # An older core warns of keys that it does not know.

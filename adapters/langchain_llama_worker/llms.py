@@ -16,8 +16,8 @@ from pydantic import ConfigDict
 from langchain_llama_worker._calls import Call, aevents, agenerate, events
 from langchain_llama_worker._errors import mapped_errors
 from langchain_llama_worker._loading import make_loadable
-from langchain_llama_worker._messages import generation_chunk, llm_result
 from langchain_llama_worker._model import GenerationFields
+from langchain_llama_worker._replies import generation_chunk, llm_result
 from llama_worker import Reply
 
 
@@ -65,6 +65,8 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         with closing(events(call)) as answers:
             for event in answers:
                 chunk = generation_chunk(event, call.model, usage=call.stream_usage)
+                if chunk is None:
+                    continue
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -80,6 +82,8 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         async with aclosing(aevents(call)) as answers:
             async for event in answers:
                 chunk = generation_chunk(event, call.model, usage=call.stream_usage)
+                if chunk is None:
+                    continue
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk

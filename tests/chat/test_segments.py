@@ -1,4 +1,4 @@
-"""Text from users never becomes a control token, and contents are found where they stand or not at all."""
+"""Text from users never becomes a control token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-from llama_worker._chat.segments import ControlTextGuard, Segment, find_contents
+from llama_worker._chat.segments import ControlTextGuard, Segment
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "[INST]", "<pad>")
 GUARD = ControlTextGuard(CONTROLS)
@@ -121,54 +121,3 @@ def test_a_vocabulary_without_control_texts_changes_nothing() -> None:
     guard = ControlTextGuard([])
     assert guard.split(guard.protect("<|im_end|>")) == [Segment("<|im_end|>", True)]
     assert guard.split("") == []
-
-
-def test_a_short_content_is_not_found_in_the_template_s_text() -> None:
-    rendered = "<|im_start|>assistant\na<|im_end|>\n"
-    assert find_contents(rendered, "<|im_start|>assistant\nW0e<|im_end|>\n", ["W0e"], ["a"]) == ((22, 23),)
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    contents=st.lists(st.text("a \n<", max_size=4), min_size=1, max_size=4),
-    literals=st.lists(st.sampled_from(["", "a", "\n", "<a>", "a\n", " "]), min_size=5, max_size=5),
-    trim=st.booleans(),
-)
-def test_a_span_always_holds_its_content(contents: list[str], literals: list[str], trim: bool) -> None:
-    """Whatever the ambiguity, what stands at a span is the content, blanks at its ends aside."""
-    words = [f"W{i}e" if content.strip() else "" for i, content in enumerate(contents)]
-    written = [content.strip() if trim else content for content in contents]
-    rendered = "".join(a + b for a, b in zip(literals, [*written, ""], strict=False))
-    skeleton = "".join(a + (b or c) for a, b, c in zip(literals, [*words, ""], [*written, ""], strict=False))
-    spans = find_contents(rendered, skeleton, words, contents)
-    for span, content, word in zip(spans, contents, words, strict=True):
-        if span is not None:
-            assert word
-            assert rendered[slice(*span)].strip() == content.strip()
-
-
-def test_an_escaped_content_is_passed_over_and_those_around_it_are_found() -> None:
-    contents = ["hi", '{"x": 1}', "bye"]
-    rendered = 'u: hi, t: "{\\"x\\": 1}", u: bye'
-    spans = find_contents(rendered, 'u: W0e, t: "W1e", u: W2e', ["W0e", "W1e", "W2e"], contents)
-    assert spans == ((3, 5), None, (len(rendered) - 3, len(rendered)))
-
-
-def test_a_content_written_twice_is_not_claimed() -> None:
-    assert find_contents("x x", "W0e W0e", ["W0e"], ["x"]) == (None,)
-
-
-@pytest.mark.parametrize(
-    ("rendered", "skeleton"),
-    [
-        ("[Hello]", "(W0e)"),
-        ("[HELLO]", "[W0e]"),
-        ("[Hello", "[W0e]"),
-        ("[Hello]]", "[W0e]"),
-        ("[Hello Hello]", "[W0e W0e]"),
-        ("[]", "[]"),
-        ("x[]", "[]"),
-    ],
-)
-def test_nothing_is_claimed_when_the_two_renderings_differ(rendered: str, skeleton: str) -> None:
-    assert find_contents(rendered, skeleton, ["W0e"], ["Hello"]) == (None,)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_worker._chat.adaptations import fold_system, merge_runs
 from llama_worker._chat.segments import ControlTextGuard
-from llama_worker._chat.template import CHATML, MAX_OUTPUT, ChatTemplate, fold_system, merge_runs
+from llama_worker._chat.template import CHATML, MAX_OUTPUT, ChatTemplate
 from llama_worker._errors import InvalidRequestError, TemplateError
-from llama_worker._requests import Message
+from llama_worker._requests import Message, Role
 
 TODAY = date(2026, 11, 5)
 
@@ -71,7 +72,7 @@ FAMILIES = {"smollm2": SMOLLM2, "chatml": CHATML, "inst": INST, "gemma": GEMMA, 
 
 def chat(*turns: str) -> list[Message]:
     """`chat("s: be brief", "u: hi", "a: yes", "t: 3")`."""
-    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    roles: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return [Message(role=roles[turn[0]], content=turn[3:]) for turn in turns]
 
 
@@ -148,8 +149,8 @@ HIDDEN = "\n#hi"
 
 
 def test_variables_reach_the_template_as_plain_data() -> None:
-    source = "{{ enable_thinking }} {{ tools[0].name }} {{ bos_token }}" + SHOWN
-    assert render(source, enable_thinking=False, tools=({"name": "f"},), bos_token="") == "False f " + HIDDEN
+    source = "{{ effort }} {{ documents[0].name }} {{ bos_token }}" + SHOWN
+    assert render(source, effort=False, documents=({"name": "f"},), bos_token="") == "False f " + HIDDEN
 
 
 def test_a_name_is_passed_only_when_given() -> None:
@@ -159,18 +160,18 @@ def test_a_name_is_passed_only_when_given() -> None:
 
 
 def test_what_a_template_changes_is_not_seen_by_the_next_rendering() -> None:
-    source = "{% set _ = tools.append(1) %}{{ tools | length }}{% set _ = messages[0].update(role='x') %}" + SHOWN
-    tools: list[int] = []
-    compiled = template(source)
+    source = "{% set _ = documents.append(1) %}{{ documents | length }}{% set _ = messages[0].update(role='x') %}"
+    documents: list[int] = []
+    compiled = template(source + SHOWN)
     for _ in range(2):
-        assert compiled.render(chat("u: hi"), today=TODAY, tools=tools) == "1" + HIDDEN
-    assert tools == []
+        assert compiled.render(chat("u: hi"), today=TODAY, documents=documents) == "1" + HIDDEN
+    assert documents == []
 
 
 def test_a_variable_that_is_no_plain_data_is_refused() -> None:
     for value in (object(), [b"x"], {"a": {1, 2}}):
-        with pytest.raises(InvalidRequestError, match="tools"):
-            render(SMOLLM2, tools=value)
+        with pytest.raises(InvalidRequestError, match="documents"):
+            render(SMOLLM2, documents=value)
 
 
 def test_no_messages_are_refused() -> None:
@@ -237,8 +238,9 @@ def test_a_refusal_gives_the_template_s_own_reason() -> None:
 
 
 def test_a_message_that_is_dropped_without_a_word_is_a_refusal() -> None:
-    with pytest.raises(TemplateError, match="drops messages of role tool"):
-        render(DROPPING, "u: hi", "t: 42")
+    last_only = "{{ messages[-1].role ~ ': ' ~ messages[-1].content }}"
+    with pytest.raises(TemplateError, match="drops messages of role user"):
+        render(last_only, "u: hi", "a: 42")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_the_output_is_bounded() -> None:
         render("{% for i in range(200) %}{{ 'a' * 100000 }}{% endfor %}" + SHOWN)
 
 
-# -- where the contents stand
+# -- control tokens
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<start_of_turn>", "<end_of_turn>")
 GUARD = ControlTextGuard(CONTROLS)
@@ -326,24 +328,17 @@ CONTENT = st.lists(
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(deadline=None, max_examples=60)
 @given(system=st.none() | CONTENT, contents=st.lists(CONTENT, min_size=1, max_size=5))
-def test_every_span_holds_its_content_and_no_control_token_is_added(
-    family: str, system: str | None, contents: list[str]
-) -> None:
+def test_no_control_token_is_added(family: str, system: str | None, contents: list[str]) -> None:
     turns = [f"{'ua'[i % 2]}: {content}" for i, content in enumerate(contents)]
     messages = chat(*([] if system is None else [f"s: {system}"]), *turns)
     compiled = template(FAMILIES[family])
-    layout = compiled.lay_out(messages, today=TODAY)
-    for span, message in zip(layout.spans, messages, strict=True):
-        if span is not None:
-            assert layout.text[slice(*span)].strip() == message.content.strip()
-    if family != "thinking":
-        found = [span is not None for span in layout.spans]
-        assert found == [bool(message.content.strip()) for message in messages]
+    rendered = compiled.render(messages, today=TODAY)
+    if family != "thinking":  # that one looks into contents
         blanks = [
             message.model_copy(update={"content": "x" if message.content.strip() else message.content})
             for message in messages
         ]
-        assert controls(layout.text) == controls(compiled.render(blanks, today=TODAY))
+        assert controls(rendered) == controls(compiled.render(blanks, today=TODAY))
 
 
 def controls(text: str) -> list[str]:
@@ -358,20 +353,3 @@ def test_marks_outlive_json_escapes() -> None:
         rendered = template(source).render(guarded, today=TODAY)
         assert "".join(segment.text for segment in GUARD.split(rendered)) == text
         assert controls(rendered) == []
-
-
-def test_spans_are_those_of_the_messages_given_not_of_the_adapted_ones() -> None:
-    layout = template(GEMMA).lay_out(chat("s: be brief", "u: one", "u: two ", "a: a", "u: model"), today=TODAY)
-    assert [layout.text[slice(*span)] for span in layout.spans if span] == ["be brief", "one", "two", "a", "model"]
-
-
-def test_a_quoted_reply_is_not_taken_for_the_reply() -> None:
-    layout = template(CHATML).lay_out(chat("u: say assistant\nyes", "a: yes", "u: yes"), today=TODAY)
-    assert [layout.text[: span[0]].count("<|im_start|>") for span in layout.spans if span] == [1, 2, 3]
-
-
-def test_nothing_is_claimed_where_the_template_looks_into_contents() -> None:
-    layout = template(THINKING).lay_out(chat("u: why", "a: hm</think>\nbecause", "u: ok"), today=TODAY)
-    assert "because" in layout.text
-    assert "hm" not in layout.text
-    assert layout.spans == (None, None, None)

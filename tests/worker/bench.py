@@ -10,10 +10,8 @@ from llama_worker import (
     EmbedRequest,
     Failed,
     Finished,
-    GenerationRequest,
     Message,
     ModelConfig,
-    SamplingParams,
     StreamEvent,
 )
 from llama_worker._cancel import CancelFlag
@@ -21,6 +19,7 @@ from llama_worker._channel import CommandChannel, Ticket
 from llama_worker._commands import Embed, Generate, Reload, Shutdown
 from llama_worker._loop import end, step
 from llama_worker._preparer import Preparer
+from llama_worker._prompts import generation_request
 from llama_worker._published import Published
 from llama_worker._record import Record
 from llama_worker._reloading import begin_loading
@@ -109,13 +108,7 @@ class Bench:
         """A prepared request that is nowhere yet."""
         view = self.published.view(0)
         assert view is not None
-        sampling = SamplingParams(**{"max_tokens": 16, **params})
-        request = (
-            GenerationRequest(prompt=prompt, params=sampling)
-            if isinstance(prompt, str)
-            else GenerationRequest(messages=tuple(prompt), params=sampling)
-        )
-        job = view.prepare_generation(request)
+        job = view.prepare_generation(generation_request(prompt, None, {"max_tokens": 16, **params}))
         record = Record(self.service.meter.answered)
         return Generate(
             job=job, sink=ListSink(), cancel=CancelFlag(), deadline=deadline, submitted=self.now, record=record

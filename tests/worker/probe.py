@@ -9,7 +9,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from llama_worker import ModelConfig, SamplingParams
-from llama_worker._engine.base import DecodeStatus, Engine, Floats, LoadedModel, Loader, Sampler, Span, TokenIds
+from llama_worker._engine.base import (
+    DecodeStatus,
+    Engine,
+    Floats,
+    LoadedModel,
+    Loader,
+    Mask,
+    Sampler,
+    Span,
+    TokenIds,
+)
 
 Mistake: TypeAlias = Literal["other row", "shifted span", "shifted after abort"]
 
@@ -47,11 +57,11 @@ class Probe:
         self._outputs = [int(row) for row, span in zip(rows, spans, strict=True) if span.output]
         return self.inner.decode([self._shifted(span) for span in spans])
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:
         if self.mistake == "other row":
             row = self._outputs[self._outputs.index(row) - 1]
         self.logits_of.setdefault(id(sampler), []).append(self.inner.logits(row).copy())
-        token = self.inner.sample(row, sampler)
+        token = self.inner.sample(row, sampler, mask)
         self.chosen.setdefault(id(sampler), []).append(token)
         return token
 

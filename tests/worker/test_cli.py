@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from llama_worker.__main__ import main
+from tests import synth
+from tests.worker.tools import QWEN
 
 SMOLLM2 = "demo://smollm2-135m-instruct"
 COMMAND = [sys.executable, "-m", "llama_worker"]
@@ -36,6 +39,25 @@ class TestDescribe:
         assert re.fullmatch(r"\d+\.\d [MG]iB", rows["free RAM"])
         assert rows["free on devices"]
         assert rows["verdict"].startswith("fits: needs ")
+        assert rows["chat format"].startswith("generic (")
+        assert rows["tool calls"] == r'<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>'
+        assert rows["begin with"] == "<tool_call>"
+        assert rows["thoughts"] == "none"
+
+    def test_what_a_template_writes_is_read_off_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = synth.llama(tmp_path / "thinker.gguf", template=QWEN)
+        assert main(["describe", str(model)]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"chat format +derived \(", out)
+        assert re.search(r"thoughts +<think> … </think>", out)
+        assert re.search(r"turned on and off +by enable_thinking", out)
+
+    def test_a_template_that_does_not_compile_is_still_described(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = synth.llama(tmp_path / "broken.gguf", template="{% if %}")
+        assert main(["describe", str(model)]) == 0
+        assert re.search(r"chat format +none: .*does not compile", capsys.readouterr().out)
 
     def test_an_embedding_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["describe", "demo://all-minilm-l6-v2"]) == 0

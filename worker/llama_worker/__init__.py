@@ -13,6 +13,8 @@ The house, from the outside in:
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
     _reply         token -> text -> events; _streams is where the caller reads them
+    _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
+    _constraint/   tools and schemas as a grammar, and the tokens that it allows next
     _memory        what a model takes of the machine; _fitting makes it fit, by what _free_memory finds
     _engine/       llama.cpp, behind the protocol in _engine/base
     testing        an engine without a model, for your tests and ours
@@ -29,6 +31,7 @@ from llama_worker._errors import (
     GenerationCancelled,
     GenerationError,
     InsufficientMemoryError,
+    InvalidOutputError,
     InvalidRequestError,
     LlamaWorkerError,
     ModelLoadError,
@@ -97,6 +100,7 @@ __all__ = [
     "GenerationRequest",
     "Health",
     "InsufficientMemoryError",
+    "InvalidOutputError",
     "InvalidRequestError",
     "InvalidToolCall",
     "LlamaWorker",

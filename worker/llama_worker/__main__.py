@@ -1,6 +1,6 @@
 """`python -m llama_worker`: look at a model, or talk to it.
 
-    describe MODEL    what its header says and what memory it would take
+    describe MODEL    what its header says, how it calls tools, and what memory it would take
     top [SOCKET]      the workers that are exported by running processes, live
     chat MODEL        Ctrl-C ends an answer, Ctrl-D or /exit the program
 
@@ -30,11 +30,15 @@ from llama_worker import (
     ModelInfo,
     RequestError,
     SamplingParams,
+    TemplateError,
     TextDelta,
     UnsupportedFeatureError,
     inspect_model,
     plan_memory,
 )
+from llama_worker._chat.analysis import format_of
+from llama_worker._chat.template import CHATML, ChatTemplate
+from llama_worker._format_shown import shown_format
 from llama_worker._memory import shown_bytes
 from llama_worker._top import top
 
@@ -88,7 +92,7 @@ def _complain(error: LlamaWorkerError) -> None:
 def _describe(options: argparse.Namespace) -> int:
     config = ModelConfig(model=options.model, n_ctx=options.n_ctx)
     info = inspect_model(options.model)
-    rows = [*_model_rows(info), ("", ""), *_memory_rows(config, plan_memory(config))]
+    rows = [*_model_rows(info), *_format_rows(info), ("", ""), *_memory_rows(config, plan_memory(config))]
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows))
     return 0
@@ -106,6 +110,17 @@ def _model_rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("chat template", f"{len(info.chat_template):,} characters" if info.chat_template else "none"),
         ("digest", info.digest),
     ]
+
+
+def _format_rows(info: ModelInfo) -> list[tuple[str, str]]:
+    """How its replies are read: see `_chat/format.py`. BOS and EOS are left out, they stand in no call."""
+    if info.is_embedding:
+        return []
+    try:
+        template = ChatTemplate(info.chat_template or CHATML, bos_text="", eos_text="")
+    except TemplateError as error:
+        return [("chat format", f"none: {error}")]
+    return shown_format(format_of(template))
 
 
 def _kind(info: ModelInfo) -> str:

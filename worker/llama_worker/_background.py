@@ -23,6 +23,7 @@ class Background(Generic[T]):
     def __init__(self, name: str, work: Callable[[T], object]) -> None:
         self._name = name
         self._work = work
+        self.started = False
         self._forget()
         _all.add(self)
 

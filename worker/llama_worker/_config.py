@@ -49,7 +49,7 @@ class ModelConfig(Settings):
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
-    `chat_template`: Jinja text that replaces the model's own.
+    `chat_template`: Jinja text that replaces the model's own, or the path of a file with it.
     `fit`: what becomes of a model that does not fit into memory: "refuse" raises, "auto" makes its KV cache
     smaller, down to `n_ctx_min` tokens, then offloads fewer layers; a warning and `worker.config` tell.
     """

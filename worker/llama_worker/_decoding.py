@@ -10,7 +10,7 @@ After any rc but 0 no logits are read: llama.cpp aborts the process over a row t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import assert_never
 
@@ -18,6 +18,7 @@ from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
+from llama_worker._guide import Guide
 from llama_worker._logprobs import logprob_of
 from llama_worker._prefix_cache import Clear, KVOp, Share, Trim
 from llama_worker._scheduler import Batch
@@ -67,9 +68,15 @@ def _start(loaded: Loaded, generation: Generation) -> None:
     job = generation.command.job
     try:
         generation.sampler = loaded.engine.new_sampler(job.request.params, job.prompt)
+        if job.opening and generation.guide is not None:
+            _go_on(loaded, generation, generation.guide, job.opening)
     except LlamaWorkerError as exc:
-        generation.fail(exc)
-        loaded.retire(generation)
+        _fail(loaded, generation, exc)
+
+
+def _fail(loaded: Loaded, generation: Generation, error: LlamaWorkerError) -> None:
+    generation.fail(error)
+    loaded.retire(generation)
 
 
 def _fail_stuck(loaded: Loaded) -> None:
@@ -199,19 +206,19 @@ def _choose(loaded: Loaded, row: int, generation: Generation) -> tuple[Generatio
     try:
         return _next_token(loaded, row, generation)
     except LlamaWorkerError as exc:
-        generation.fail(exc)
-        loaded.retire(generation)
+        _fail(loaded, generation, exc)
         return None
 
 
 def _next_token(loaded: Loaded, row: int, generation: Generation) -> tuple[Generation, int, TokenLogprob | None]:
-    engine = loaded.engine
+    engine, guide = loaded.engine, generation.guide
     assert generation.sampler is not None
+    mask = None if guide is None else guide.mask()
     wanted = generation.command.job.request.params.logprobs
     if wanted is None:
-        return generation, engine.sample(row, generation.sampler), None
-    logits = engine.logits(row).copy()  # samplers work in place
-    token = engine.sample(row, generation.sampler)
+        return generation, engine.sample(row, generation.sampler, mask), None
+    logits = engine.logits(row).copy()  # samplers and masks work in place
+    token = engine.sample(row, generation.sampler, mask)
     return generation, token, logprob_of(logits, token, wanted, loaded.view.vocabulary.pieces)
 
 
@@ -219,19 +226,60 @@ def _say(loaded: Loaded, generation: Generation, token: int, logprob: TokenLogpr
     if token in loaded.view.vocabulary.end_tokens:
         _finish(loaded, generation, "stop")
         return
-    generation.tokens.append(token)
-    delta = generation.reply.feed(token, logprob)
-    if delta is not None:
-        generation.command.sink.put(delta)
-    reason = generation.end_reason()
-    if reason is not None:
+    generation.take(token, logprob)
+    if generation.guide is not None and not generation.reply.stopped:
+        _say_guided(loaded, generation, generation.guide, token)
+    elif (reason := generation.end_reason()) is not None:
         _finish(loaded, generation, reason)
 
 
+def _say_guided(loaded: Loaded, generation: Generation, guide: Guide, token: int) -> None:
+    """`token` was said; now what must follow it."""
+    try:
+        guide.accept(token)
+        _go_on(loaded, generation, guide, guide.forced(generation.reply))
+    except LlamaWorkerError as exc:
+        _fail(loaded, generation, exc)
+
+
+def _go_on(loaded: Loaded, generation: Generation, guide: Guide, forced: Sequence[int]) -> None:
+    """Say all that must come, up to where there is a choice again. The next step decodes it as one chunk."""
+    while forced:
+        room = generation.room
+        if _say_forced(loaded, generation, forced[:room]):
+            _finish(loaded, generation, "stop")
+            return
+        if len(forced) > room:
+            _finish(loaded, generation, "length")
+            return
+        forced = guide.forced(generation.reply)
+    if guide.is_complete:
+        _finish(loaded, generation, "stop")
+    elif not generation.room:
+        _finish(loaded, generation, "length")
+
+
+def _say_forced(loaded: Loaded, generation: Generation, tokens: Sequence[int]) -> bool:
+    """Say `tokens`, which nobody sampled. Whether they end the reply."""
+    sampler = generation.sampler
+    assert sampler is not None
+    for token in tokens:
+        if token in loaded.view.vocabulary.end_tokens:
+            return True
+        sampler.accept(token)
+        generation.take(token, None)
+        if generation.reply.stopped:
+            return True
+    return False
+
+
 def _finish(loaded: Loaded, generation: Generation, reason: FinishReason) -> None:
-    text, digest = generation.flush(), generation.command.job.prefix_digest
-    if digest is not None:
+    generation.flush()
+    job = generation.command.job
+    if job.rendered is not None:
         # Known before it is announced: the next turn may be prepared the moment the reply is read.
-        loaded.view.replies.remember(digest, text, generation.sampled.copy())
+        ids = generation.sampled.copy()
+        text = generation.reply.text if generation.reply.is_text_alone else loaded.view.detokenize(ids.tolist())
+        loaded.view.replies.remember(job.rendered, job.prompt, text, ids)
     generation.finish(reason)
     loaded.retire(generation)

@@ -16,6 +16,7 @@ LlamaWorkerError
 ├── StreamStalled               the reader stopped reading; `stall_timeout` freed its slot
 ├── GenerationCancelled         the caller cancelled; raised by the non-streaming calls only
 ├── GenerationError             the engine failed this request; the worker serves on
+│   └── InvalidOutputError      the reply is complete and not what it had to be; carries it
 └── WorkerClosed                the worker was closed; open another
     └── WorkerDied              it broke; `__cause__` is the original exception
 
@@ -183,6 +184,18 @@ class GenerationCancelled(LlamaWorkerError):
 
 class GenerationError(LlamaWorkerError):
     """The engine failed this request. The worker serves others on."""
+
+
+class InvalidOutputError(GenerationError):
+    """The reply ended and is not valid by `response_format`, in a way that could not be enforced while it was sampled.
+
+    `reason` says what is wrong, without its text; `reply` is what there is. Another try may succeed.
+    """
+
+    def __init__(self, reason: str, reply: Reply | None = None) -> None:
+        super().__init__(f"the reply is not what response_format asks for: {reason}; try again, or loosen the schema")
+        self.reason = reason
+        self.reply = reply
 
 
 def took_too_long(limit: float) -> GenerationError:

@@ -22,8 +22,8 @@ class Usage:
     """Exact token counts of one request.
 
     `cached_tokens` of the `prompt_tokens` had their KV reused; at most prompt_tokens - 1, because
-    the last one is always decoded for its logits. `completion_tokens` counts sampled tokens,
-    without the end-of-generation token; `reasoning_tokens` of them were thought.
+    the last one is always decoded for its logits. `completion_tokens` counts the reply's tokens, also those that
+    a constraint left no choice about, without the end-of-generation token; `reasoning_tokens` of them were thought.
     """
 
     prompt_tokens: int = 0
@@ -149,6 +149,20 @@ class Reply:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+
+
+def reply_of(end: Finished) -> Reply:
+    """What a stream that ended so says as a whole."""
+    return Reply(
+        text=end.text,
+        finish_reason=end.reason,
+        usage=end.usage,
+        model=end.model,
+        logprobs=end.logprobs,
+        reasoning=end.reasoning,
+        tool_calls=end.tool_calls,
+        invalid_tool_calls=end.invalid_tool_calls,
+    )
 
 
 def assert_well_formed(events: Iterable[StreamEvent]) -> Terminal:

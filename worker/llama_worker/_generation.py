@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from llama_worker._commands import Generate
 from llama_worker._engine.base import Sampler, Vocabulary
-from llama_worker._events import Failed, FinishReason, Usage
+from llama_worker._errors import InvalidOutputError
+from llama_worker._events import Failed, Finished, FinishReason, TokenLogprob, Usage, reply_of
 from llama_worker._prefix_cache import Slot
 from llama_worker._reply import ReplyPipeline
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
@@ -22,6 +23,7 @@ class Generation:
         "cached",
         "cancel",
         "command",
+        "guide",
         "n_prompt",
         "order",
         "passed_over",
@@ -39,7 +41,8 @@ class Generation:
         self.order = order
         self.tokens = TokenBuffer(job.prompt)
         self.n_prompt = len(job.prompt)
-        self.reply = ReplyPipeline(vocabulary.pieces, job.request.params.stop)
+        self.reply = ReplyPipeline(vocabulary.pieces, job.request.params.stop, job.parser, job.check_call)
+        self.guide = job.guide
         self.slot: Slot | None = None
         self.sampler: Sampler | None = None
         self.cached: int | None = None
@@ -88,7 +91,13 @@ class Generation:
             prompt_tokens=self.n_prompt,
             completion_tokens=self.n_sampled,
             cached_tokens=min(self.cached or 0, self.n_prompt),
+            reasoning_tokens=self.reply.n_reasoning,
         )
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self.command.job.max_tokens - self.n_sampled
 
     def will_share(self, prompt: TokenIds) -> int:
         """How long a prefix of `prompt` this generation holds once its own prompt is decoded."""
@@ -100,17 +109,37 @@ class Generation:
             return "stop"
         return "length" if self.tokens.n - self.n_prompt >= self.command.job.max_tokens else None
 
+    def take(self, token: int, logprob: TokenLogprob | None) -> None:
+        """`token` is the next of the reply: show what it completes."""
+        self.tokens.append(token)
+        put = self.command.sink.put
+        for event in self.reply.feed(token, logprob):
+            put(event)
+
     def flush(self) -> str:
         """Show what was held back; the whole text."""
-        delta = self.reply.flush()
-        if delta is not None:
-            self.command.sink.put(delta)
+        for event in self.reply.flush():
+            self.command.sink.put(event)
         return self.reply.text
 
     def finish(self, reason: FinishReason) -> None:
         """Say the last word, behind what was held back."""
         self.flush()
-        self.command.end(self.reply.finished(reason, self.usage, self.command.job.model))
+        job = self.command.job
+        end = self.reply.finished(reason, self.usage, job.model)
+        wrong = self._wrong(end) if job.check_text is not None else None
+        if wrong is None:
+            self.command.end(end)
+        else:
+            self.fail(InvalidOutputError(wrong, reply_of(end)))
+
+    def _wrong(self, end: Finished) -> str | None:
+        """What is wrong with a text that its model ended by itself."""
+        check = self.command.job.check_text
+        if check is None or end.reason != "stop" or self.reply.stopped or end.invalid_tool_calls:
+            return None
+        return check(end.text)
 
     def fail(self, error: Exception) -> None:
-        self.command.end(Failed(error=error, text=self.reply.text, usage=self.usage))
+        reply = self.reply
+        self.command.end(Failed(error=error, text=reply.text, reasoning=reply.reasoning, usage=self.usage))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from llama_worker._guide import Guide
+from llama_worker._reply import CallCheck, Parser
 from llama_worker._requests import EmbedRequest, GenerationRequest
 from llama_worker._tokens import TokenIds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationJob:
     """A generation, prepared for the model of `epoch`, named `model`: its prompt, and how many tokens may follow.
 
-    `prefix_digest` identifies the prompt's tokens for the splice of known replies; None for raw prompts.
+    `rendered` is the prompt's text as the chat template wrote it; None for raw prompts. `opening` are the
+    tokens that the reply must begin with. `guide` and `parser` are for one reply, and used up by it; None where
+    anything may come, and where it can be nothing but text. `check_call` and `check_text` hold a complete call
+    and a complete text against what could not be enforced; `check_text` returns what is wrong, or None.
     """
 
     request: GenerationRequest
@@ -20,7 +26,12 @@ class GenerationJob:
     model: str
     prompt: TokenIds
     max_tokens: int
-    prefix_digest: bytes | None
+    rendered: str | None = None
+    opening: tuple[int, ...] = ()
+    guide: Guide | None = None
+    parser: Parser | None = None
+    check_call: CallCheck | None = None
+    check_text: Callable[[str], str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from llama_worker._errors import InvalidRequestError
-from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams
+from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams, ToolSpec
 
 MessageLike: TypeAlias = Message | Mapping[str, Any]
+ToolLike: TypeAlias = ToolSpec | Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[MessageLike] | GenerationRequest
 
 _ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "params", "timeout", "session", "priority"}
@@ -32,6 +33,12 @@ def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
                 "messages", type(item).__name__, "each must be a Message or a mapping with role and content"
             )
     return tuple(messages)
+
+
+def core_tools(tools: Sequence[ToolLike]) -> tuple[ToolSpec, ...]:
+    if isinstance(tools, Mapping | ToolSpec) or not isinstance(tools, Sequence):
+        raise InvalidRequestError("tools", type(tools).__name__, "give a list of tools")
+    return tuple(tool if isinstance(tool, ToolSpec) else ToolSpec(**tool) for tool in tools)
 
 
 def generation_request(

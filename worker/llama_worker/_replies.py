@@ -1,92 +1,85 @@
-"""KnownReplies: the token ids of replies that this model produced, found again by their text.
+"""KnownReplies: the token ids of replies that this model produced, found again in the next turn's prompt.
 
-Frameworks send a reply back as text with the next turn. Tokenizing it anew often gives other ids than
-the ones that were sampled (measured: 1 in 8 greedy replies, 6 in 8 at temperature 1.2), and from there
-on the prefix cache misses. So the ids are kept, under the digest of the prompt that they followed, and
-stand in for tokenizing that text in that place.
+Frameworks send a reply back as text, or as a call in a structure that the template writes out again.
+Tokenizing that anew often gives other ids than the ones that were sampled (measured: 1 in 8 greedy replies,
+6 in 8 at temperature 1.2), and from there on the prefix cache misses. So a prompt that begins, letter by
+letter, with one that was answered before and with its answer, begins with their ids.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-
-import numpy as np
+from typing import NamedTuple
 
 from llama_worker._tokens import TokenIds
 
 MOST_REPLIES = 1024
-MOST_TOKENS = 1 << 20  # 4 MiB of ids
+MOST_TOKENS = 1 << 21  # 8 MiB of ids, of prompts and replies
 
 
-class PrefixDigest:
-    """A running digest of token ids."""
+class Turn(NamedTuple):
+    """A prompt, whose text had `length` characters, and what it was answered with: text and ids.
 
-    __slots__ = ("_hash",)
+    `forms` are the ways in which the reply's text may stand in a rendering.
+    """
 
-    def __init__(self) -> None:
-        self._hash = blake2b(digest_size=16)
-
-    def update(self, tokens: TokenIds) -> None:
-        self._hash.update(np.ascontiguousarray(tokens, np.int32).tobytes())
-
-    def copy(self) -> PrefixDigest:
-        twin = PrefixDigest()
-        twin._hash = self._hash.copy()
-        return twin
-
-    def value(self) -> bytes:
-        return self._hash.digest()
-
-
-def digest_of(tokens: TokenIds) -> bytes:
-    digest = PrefixDigest()
-    digest.update(tokens)
-    return digest.value()
+    length: int
+    prompt: TokenIds
+    ids: TokenIds
+    forms: tuple[str, ...]
 
 
 class KnownReplies:
-    """A bounded map (prefix digest, reply text) -> sampled ids, oldest out first. Any thread."""
+    """A bounded map (prompt, reply text) -> their ids, oldest out first. Any thread.
 
-    def __init__(self) -> None:
-        self._ids: OrderedDict[tuple[bytes, str], TokenIds] = OrderedDict()
-        self._texts: Counter[str] = Counter()
+    `guarded`: a reply's text as it stands in a prompt where a template was given it as a content.
+    """
+
+    def __init__(self, guarded: Callable[[str], str]) -> None:
+        self._turns: OrderedDict[tuple[bytes, str], Turn] = OrderedDict()
+        self._guarded = guarded
         self._n_tokens = 0
         self._lock = threading.Lock()
 
-    def remember(self, prefix: bytes, text: str, ids: TokenIds) -> None:
-        """The prompt with digest `prefix` was answered with `text`, sampled as `ids`."""
-        if not text:
+    def remember(self, rendered: str, prompt: TokenIds, text: str, ids: TokenIds) -> None:
+        """The prompt that was `rendered` so, with the ids `prompt`, was answered with `text`, sampled as `ids`."""
+        if not text.strip():
             return
+        key = _digest(rendered), text
+        turn = Turn(len(rendered), prompt, ids, tuple({text: 0, self._guarded(text): 0}))
         with self._lock:
-            self._remove((prefix, text))
-            self._ids[prefix, text] = ids
-            self._texts[text] += 1
-            self._n_tokens += len(ids)
-            while len(self._ids) > MOST_REPLIES or self._n_tokens > MOST_TOKENS:
-                self._remove(next(iter(self._ids)))
+            self._remove(key)
+            self._turns[key] = turn
+            self._n_tokens += len(prompt) + len(ids)
+            while len(self._turns) > MOST_REPLIES or self._n_tokens > MOST_TOKENS:
+                self._remove(next(iter(self._turns)))
 
-    def knows(self, text: str) -> bool:
-        """Whether this text was ever a reply, whatever the prompt."""
-        return text in self._texts
-
-    def find(self, prefix: bytes, text: str) -> TokenIds | None:
+    def find(self, rendered: str) -> Turn | None:
+        """The longest turn that `rendered` begins with, whole."""
         with self._lock:
-            ids = self._ids.get((prefix, text))
-            if ids is not None:
-                self._ids.move_to_end((prefix, text))
-            return ids
+            fitting = [(key, turn) for key, turn in self._turns.items() if _continues(rendered, turn)]
+            for key, turn in sorted(fitting, key=lambda item: (item[1].length, len(item[1].forms[0])), reverse=True):
+                if key[0] == _digest(rendered[: turn.length]):
+                    self._turns.move_to_end(key)
+                    return turn
+        return None
 
     def _remove(self, key: tuple[bytes, str]) -> None:
-        ids = self._ids.pop(key, None)
-        if ids is None:
-            return
-        self._n_tokens -= len(ids)
-        self._texts[key[1]] -= 1
-        if not self._texts[key[1]]:
-            del self._texts[key[1]]
+        turn = self._turns.pop(key, None)
+        if turn is not None:
+            self._n_tokens -= len(turn.prompt) + len(turn.ids)
+
+
+def _continues(rendered: str, turn: Turn) -> bool:
+    """Whether the reply stands where it was given; templates may trim the blanks behind it."""
+    return any(rendered.startswith(form.rstrip(), turn.length) for form in turn.forms)
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def covering(ids: TokenIds, text: str, pieces: Sequence[bytes]) -> tuple[int, int]:

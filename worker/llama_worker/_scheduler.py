@@ -126,7 +126,8 @@ class Scheduler:
         parts = [(generation, 1) for generation in decoding[:room]]
         if prefilling:
             room -= len(parts)
-            parts += _chunks(prefilling, min(room, self.pace.rows() if decoding else self._limits.n_ubatch))
+            somebody_speaks = decoding or any(g.tokens.n > g.n_prompt for g in prefilling)
+            parts += _chunks(prefilling, min(room, self.pace.rows() if somebody_speaks else self._limits.n_ubatch))
         if not parts:
             return None
         spans = tuple([_span(g, n) for g, n in parts])

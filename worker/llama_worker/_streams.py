@@ -24,7 +24,7 @@ from typing import Any
 from llama_worker import _postman
 from llama_worker._cancel import CancelFlag, seconds_left
 from llama_worker._errors import GenerationCancelled
-from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta
+from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta, reply_of
 
 LONGEST_WAIT = 1.0  # seconds; a wait is cut into such pieces so that Ctrl-C is seen on every platform
 
@@ -328,17 +328,3 @@ def fold(last: StreamEvent | None) -> Reply:
     if last.reason == "cancelled":
         raise GenerationCancelled(reply)
     return reply
-
-
-def reply_of(end: Finished) -> Reply:
-    """What a stream that ended so says as a whole."""
-    return Reply(
-        text=end.text,
-        finish_reason=end.reason,
-        usage=end.usage,
-        model=end.model,
-        logprobs=end.logprobs,
-        reasoning=end.reasoning,
-        tool_calls=end.tool_calls,
-        invalid_tool_calls=end.invalid_tool_calls,
-    )

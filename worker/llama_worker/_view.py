@@ -10,23 +10,47 @@ that is no longer served is prepared again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
-from llama_worker._chat.segments import ControlTextGuard, Span
+from llama_worker._chat.analysis import format_of
+from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.segments import ControlTextGuard
 from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import EngineLimits, LoadedModel, ModelInfo, Vocabulary
-from llama_worker._errors import ContextOverflowError, InvalidRequestError, UnsupportedFeatureError
+from llama_worker._errors import ConfigError, ContextOverflowError, InvalidRequestError, UnsupportedFeatureError
+from llama_worker._guarding import guarded_message, guarded_tool
 from llama_worker._jobs import EmbedJob, GenerationJob
-from llama_worker._replies import KnownReplies, PrefixDigest, covering, digest_of
-from llama_worker._requests import EmbedRequest, GenerationRequest, Message
+from llama_worker._planning import PLAIN, LazyCompiler, check_request, plan_reply
+from llama_worker._replies import KnownReplies, covering
+from llama_worker._requests import EmbedRequest, GenerationRequest, Message, ToolSpec
 from llama_worker._tokens import TokenIds
 
 logger = logging.getLogger("llama_worker")
+
+_NAMES_OF_OURS: Final = frozenset(
+    {"self", "messages", "tools", "format", "enable_thinking", "add_generation_prompt", "today"}
+)
+
+
+def template_source(given: str | None) -> str | None:
+    """The Jinja text of `ModelConfig.chat_template`, which is that text or the path of a file with it.
+
+    Raises ConfigError for what is neither.
+    """
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        reason = f"neither Jinja text nor a file that can be read as such ({type(exc).__name__})"
+        raise ConfigError("chat_template", given, reason) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,15 +65,17 @@ class ModelView:
     template: ChatTemplate
     guard: ControlTextGuard
     n_ctx: int
-    replies: KnownReplies = field(default_factory=KnownReplies)
+    replies: KnownReplies
+    compiler: LazyCompiler
 
     @classmethod
     def of(cls, loaded: LoadedModel, config: ModelConfig, epoch: int) -> ModelView:
         vocabulary, limits, info = loaded.vocabulary, loaded.engine.limits, loaded.info
-        source = config.chat_template or info.chat_template
+        source = template_source(config.chat_template) or info.chat_template
         if source is None and limits.generates:
             logger.info("%s has no chat template; ChatML is used", info.name)
         wanted = config.n_ctx or info.n_ctx_train or limits.n_ctx
+        guard = ControlTextGuard(vocabulary.control_texts)
         return cls(
             epoch=epoch,
             config=config,
@@ -57,8 +83,10 @@ class ModelView:
             limits=limits,
             vocabulary=vocabulary,
             template=ChatTemplate(source or CHATML, bos_text=vocabulary.bos_text, eos_text=vocabulary.eos_text),
-            guard=ControlTextGuard(vocabulary.control_texts),
+            guard=guard,
             n_ctx=min(wanted, limits.n_ctx) if limits.generates else limits.n_embed_text,
+            replies=KnownReplies(guard.protect),
+            compiler=LazyCompiler(vocabulary),
         )
 
     def tokenize(self, text: str) -> TokenIds:
@@ -72,24 +100,40 @@ class ModelView:
             raise InvalidRequestError("ids", unknown, f"the vocabulary has ids 0 to {len(pieces) - 1}")
         return b"".join(pieces[token] for token in ids).decode("utf-8", "replace")
 
-    def chat_tokens(self, messages: Sequence[Message]) -> TokenIds:
+    @property
+    def format(self) -> ChatFormat:
+        """How the chat template writes thoughts and calls. Milliseconds the first time."""
+        return format_of(self.template)
+
+    def chat_tokens(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> TokenIds:
         """The ids of a rendered conversation, ready for the model to answer.
 
         Text of the messages never becomes a control token, and replies of this model keep the ids that
         were sampled. Raises TemplateError and InvalidRequestError.
         """
-        guarded = [self._guarded(message) for message in messages]
-        layout = self.template.lay_out(guarded, add_generation_prompt=True, today=date.today())
-        known = [
-            (span, message.content)
-            for span, message in zip(layout.spans, messages, strict=True)
-            if span is not None and message.role == "assistant" and self.replies.knows(message.content)
-        ]
-        return self._spliced(layout.text, known)
+        return self._tokens_of(self.rendered(messages, tools))
 
-    def _guarded(self, message: Message) -> Message:
-        name = message.name and self.guard.protect(message.name)
-        return message.model_copy(update={"content": self.guard.protect(message.content), "name": name})
+    def rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
+        *,
+        enable_thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as the template writes it, with the guard's marks. Raises TemplateError, InvalidRequestError."""
+        taken = _NAMES_OF_OURS & set(variables or ())
+        if taken:
+            raise InvalidRequestError("template_variables", min(taken), "this name is not free; it has its own field")
+        return self.template.lay_out(
+            [guarded_message(message, self.guard.protect) for message in messages],
+            tools=[guarded_tool(tool, self.guard.protect) for tool in tools],
+            format=self.format,
+            enable_thinking=enable_thinking,
+            add_generation_prompt=True,
+            today=date.today(),
+            **(variables or {}),
+        ).text
 
     def prompt_tokens(self, prompt: str) -> TokenIds:
         """The ids of a raw prompt: with BOS as the model wants it, control tokens in it are parsed."""
@@ -99,20 +143,36 @@ class ModelView:
         """Tokens that fit. Raises RequestError."""
         if not self.limits.generates:
             raise UnsupportedFeatureError("generation", f"{self.info.name} is an embedding model; open a chat model")
-        if request.messages is not None:
-            prompt = self.chat_tokens(request.messages)
-        else:
-            prompt = self.prompt_tokens(request.prompt or "")
+        format = PLAIN if request.messages is None else self.format
+        check_request(request, format)
+        rendered = None if request.messages is None else self._rendered_for(request, request.messages)
+        prompt = self.prompt_tokens(request.prompt or "") if rendered is None else self._tokens_of(rendered)
         if not len(prompt):
             raise InvalidRequestError("prompt", "", "it has no tokens, and this model has no BOS to begin with")
+        max_tokens = self._room(len(prompt), request.params.max_tokens)
+        plan = plan_reply(request, format, rendered, self.vocabulary, self.compiler, room=max_tokens)
         return GenerationJob(
             request=request,
             epoch=self.epoch,
             model=self.info.name,
             prompt=prompt,
-            max_tokens=self._room(len(prompt), request.params.max_tokens),
-            prefix_digest=digest_of(prompt) if request.messages is not None else None,
+            max_tokens=max_tokens,
+            rendered=rendered,
+            opening=plan.opening,
+            guide=plan.guide,
+            parser=plan.parser,
+            check_call=plan.check_call,
+            check_text=plan.check_text,
         )
+
+    def _rendered_for(self, request: GenerationRequest, messages: Sequence[Message]) -> str:
+        thinking, variables = request.enable_thinking, request.template_variables
+        return self.rendered(messages, request.tools, enable_thinking=thinking, variables=variables)
+
+    def warm(self) -> None:
+        """Do now what is done once: read the template, make the vocabulary ready for constraints. Blocks."""
+        if self.limits.generates:
+            self.compiler.warm(self.format)
 
     def prepare_embedding(self, request: EmbedRequest) -> EmbedJob:
         """Tokens of each text, within what one batch takes. Raises RequestError."""
@@ -159,21 +219,12 @@ class ModelView:
             after = int(ids[-1]) if len(ids) else after
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def _spliced(self, rendered: str, replies: Sequence[tuple[Span, str]]) -> TokenIds:
-        parts: list[TokenIds] = []
-        digest, cursor, after = PrefixDigest(), 0, None
-        for (start, stop), text in replies:
-            before = self._segment_tokens(rendered[cursor:start], after)
-            here = digest.copy()
-            here.update(before)
-            ids = self.replies.find(here.value(), text)
-            if ids is None:  # this text, but not after this prompt: it is tokenized with what surrounds it
-                continue
-            # As it stands in the prompt: the template may have trimmed it, the guard put marks into it.
-            count, length = covering(ids, rendered[start:stop], self.vocabulary.pieces)
-            if not count:
-                continue
-            parts += [before, ids[:count]]
-            here.update(ids[:count])
-            digest, cursor, after = here, start + length, int(ids[count - 1])
-        return np.concatenate([*parts, self._segment_tokens(rendered[cursor:], after)])
+    def _tokens_of(self, rendered: str) -> TokenIds:
+        turn = self.replies.find(rendered)
+        if turn is None:
+            return self._segment_tokens(rendered)
+        # As it stands in the prompt: the template may have trimmed it, the guard put marks into it.
+        region = rendered[turn.length : turn.length + max(map(len, turn.forms))]
+        count, length = covering(turn.ids, region, self.vocabulary.pieces)
+        known = np.concatenate([turn.prompt, turn.ids[:count]])
+        return np.concatenate([known, self._segment_tokens(rendered[turn.length + length :], int(known[-1]))])

@@ -34,7 +34,15 @@ from llama_worker._loop import run
 from llama_worker._metrics import CacheMetrics, Metrics
 from llama_worker._parking import guarded
 from llama_worker._preparer import Preparer
-from llama_worker._prompts import MessageLike, Prompt, core_messages, embed_request, generation_request
+from llama_worker._prompts import (
+    MessageLike,
+    Prompt,
+    ToolLike,
+    core_messages,
+    core_tools,
+    embed_request,
+    generation_request,
+)
 from llama_worker._published import Published
 from llama_worker._reconfiguring import apply as apply_live
 from llama_worker._reconfiguring import changed as reconfigured
@@ -224,14 +232,16 @@ class LlamaWorker:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises InvalidRequestError."""
         return self._view().detokenize(ids)
 
-    def count_tokens(self, prompt: str | Sequence[MessageLike]) -> int:
-        """How many tokens a text has, or a conversation when the model's template has rendered it.
+    def count_tokens(self, prompt: str | Sequence[MessageLike], tools: Sequence[ToolLike] = ()) -> int:
+        """How many tokens a text has, or a conversation with `tools` when the model's template has rendered it.
 
         Never waits for a generation. Raises TemplateError and InvalidRequestError.
         """
-        if isinstance(prompt, str):
-            return len(self._view().tokenize(prompt))
-        return len(self._view().chat_tokens(core_messages(prompt)))
+        if not isinstance(prompt, str):
+            return len(self._view().chat_tokens(core_messages(prompt), core_tools(tools)))
+        if tools:
+            raise InvalidRequestError("tools", f"<{len(tools)} tools>", "a plain text has none; give messages")
+        return len(self._view().tokenize(prompt))
 
     # -- generating ---------------------------------------------------------------------------------
 
@@ -439,7 +449,9 @@ class LlamaWorker:
         Blocks, until the model is loaded if need be; returns the seconds that it took. Raises as `generate`.
         """
         started = time.monotonic()
-        if self._view().limits.generates:
+        view = self._view()
+        view.warm()
+        if view.limits.generates:
             self.generate(_WARM_UP, max_tokens=2, temperature=0.0, ignore_eos=True)
         else:
             self.embed([_WARM_UP])
@@ -448,7 +460,7 @@ class LlamaWorker:
     async def awarmup(self) -> float:
         """The async twin of `warmup`."""
         started = time.monotonic()
-        if await self._desk.prepared(lambda view: view.limits.generates, None, None):
+        if await self._desk.prepared(_warmed, None, None):
             await self.agenerate(_WARM_UP, max_tokens=2, temperature=0.0, ignore_eos=True)
         else:
             await self.aembed([_WARM_UP])
@@ -525,6 +537,12 @@ class LlamaWorker:
     def _shut_down(self) -> None:
         if not self._desk.is_inherited:
             _exit.interrupt(self._service)
+
+
+def _warmed(view: ModelView) -> bool:
+    """Warm `view`; whether it generates."""
+    view.warm()
+    return view.limits.generates
 
 
 def _name(service: Service, published: Published) -> str:

@@ -30,12 +30,13 @@ from llama_worker._engine.base import (
     Floats,
     LoadedModel,
     Loader,
+    Mask,
     ModelInfo,
     Sampler,
     Span,
     TokenIds,
 )
-from llama_worker._errors import InvalidRequestError
+from llama_worker._errors import GenerationError, InvalidRequestError
 from llama_worker._events import assert_well_formed
 from llama_worker._requests import SamplingParams
 from llama_worker._worker import LlamaWorker
@@ -49,6 +50,8 @@ CHATML = (
 )
 _SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<s>": BOS}
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", np.uint8)
+_CLOSING = (IM_END, *b'"}])>')
+_LIKELY = np.array([*sorted(set(_LETTERS.tolist())), *_CLOSING])
 
 Call: TypeAlias = Literal[
     "decode", "sample", "logits", "new_sampler", "seq_end", "seq_trim", "seq_clear", "seq_share", "embed", "close"
@@ -153,11 +156,30 @@ class FakeAbortFlag:
 
 @dataclass(slots=True, eq=False)
 class FakeSampler:
-    """Deals out a scripted reply byte by byte, or takes the likeliest token."""
+    """Deals out a scripted reply byte by byte, or takes the likeliest token.
+
+    Under a mask it deals out the next scripted byte that is allowed and drops those before it, so a script may be
+    looser than a grammar: blanks that it does not take are left out. Where no byte of it is allowed it waits:
+    the reply ends if it may, else something is closed that is open, else the first token comes.
+    """
 
     script: deque[int] | None
     ignore_eos: bool
     closed: bool = False
+
+    def accept(self, token: int) -> None:
+        """A token came without being sampled: the script goes on behind it."""
+        if self.script and self.script[0] == token:
+            self.script.popleft()
+
+    def next_of(self, allowed: frozenset[int]) -> int:
+        """The next scripted token that is allowed."""
+        script = self.script or ()
+        for skipped, token in enumerate(script):
+            if token in allowed:
+                self.script = deque(itertools.islice(script, skipped + 1, None))
+                return token
+        return next((token for token in _CLOSING if token in allowed), min(allowed))
 
     def close(self) -> None:
         self.closed = True
@@ -214,17 +236,36 @@ class FakeEngine:
         self._compute(spans)
         return DecodeStatus.OK
 
-    def sample(self, row: int, sampler: Sampler) -> int:
-        """See Engine.sample."""
+    def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:
+        """See Engine.sample, and FakeSampler for what a mask does to a script."""
         self._called("sample")
         assert isinstance(sampler, FakeSampler)
         assert not sampler.closed, "a closed sampler was used"
         logits = self._logits(row)
+        if mask is not None:
+            return self._sample_masked(row, sampler, self._allowed(mask, sampler))
         if sampler.script is not None:
             return sampler.script.popleft() if sampler.script else IM_END
         if sampler.ignore_eos:
             logits[IM_END] = -np.inf
         return int(logits.argmax())
+
+    def _allowed(self, mask: Mask, sampler: FakeSampler) -> frozenset[int]:
+        if mask.dtype != np.uint8 or mask.shape != ((self.limits.n_vocab + 7) // 8,):
+            raise ValueError(f"mask: {mask.dtype} of shape {mask.shape}")
+        bits = np.unpackbits(mask, bitorder="little", count=self.limits.n_vocab)
+        allowed = frozenset(bits.nonzero()[0].tolist()) - ({IM_END} if sampler.ignore_eos else set())
+        if not allowed:
+            raise GenerationError("no token was left to choose")
+        return allowed
+
+    def _sample_masked(self, row: int, sampler: FakeSampler, allowed: frozenset[int]) -> int:
+        if sampler.script is not None:
+            return sampler.next_of(allowed)
+        # Other noise than letters alone: what is open must be closed some time.
+        noise = _random(self._outputs[row] + b"masked", self.limits.n_vocab)
+        noise[_LIKELY] += 4
+        return max(allowed, key=lambda token: float(noise[token]))
 
     def logits(self, row: int) -> Floats:
         """See Engine.logits."""

@@ -9,7 +9,6 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
 from langchain_core.exceptions import LangChainException
-from langchain_core.language_models import BaseChatModel
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -17,7 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
-from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, UnsupportedFeatureError, WorkerConfig
+from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, WorkerConfig
 from llama_worker.testing import fake_worker
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Tell me of the sea.")]
@@ -153,19 +152,14 @@ def test_a_bad_value_of_a_call_is_named(worker: LlamaWorker) -> None:
     assert isinstance(caught.value, LangChainException)
 
 
-def test_bound_tools_are_refused_in_words(worker: LlamaWorker) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="tools is not supported: call the model without tools"):
-        chat(worker).bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(MESSAGES)
-
-
 def test_empty_tools_are_no_tools(worker: LlamaWorker) -> None:
     assert chat(worker).bind(tools=[], response_format=None, tool_choice=None).invoke(MESSAGES).text
 
 
-@pytest.mark.parametrize("name", ["bind_tools", "with_structured_output"])
-def test_what_comes_later_does_not_pretend_to_be_here(name: str) -> None:
-    """LangChain and its tests look at the override to know what a model can do."""
-    assert getattr(ChatLlamaWorker, name) is getattr(BaseChatModel, name)
+def test_a_choice_without_tools_is_refused_unless_it_is_only_the_default(worker: LlamaWorker) -> None:
+    assert chat(worker, tool_choice="any").invoke(MESSAGES).text
+    with pytest.raises(InvalidRequestError, match="there is no tool to call"):
+        chat(worker).invoke(MESSAGES, tool_choice="any")
 
 
 def test_logprobs_come_with_the_message_when_asked_for(worker: LlamaWorker) -> None:
@@ -190,9 +184,15 @@ def test_a_counter_of_the_users_own_comes_first(worker: LlamaWorker) -> None:
     assert model.get_num_tokens_from_messages(MESSAGES) == 4
 
 
-def test_tools_are_not_counted_wrongly_but_refused(worker: LlamaWorker) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="tools"):
-        chat(worker).get_num_tokens_from_messages(MESSAGES, [{"name": "f"}])
+def test_tools_are_counted_with_the_messages(worker: LlamaWorker) -> None:
+    """As LangChain's middleware passes them: by position, as objects or as dicts, on an event loop or not."""
+    tool = {"name": "forecast", "description": "Tells tomorrow's weather.", "parameters": {}}
+    model = chat(worker, ignore_eos=None)
+    more = model.get_num_tokens_from_messages(MESSAGES, [tool]) - model.get_num_tokens_from_messages(MESSAGES)
+    assert more > len("forecast: Tells tomorrow's weather.")
+    usage = model.bind_tools([tool]).invoke(MESSAGES, tool_choice="any", max_tokens=200).usage_metadata
+    assert usage is not None
+    assert usage["input_tokens"] == model.get_num_tokens_from_messages(MESSAGES, [tool])
 
 
 def test_the_profile_tells_the_limits(worker: LlamaWorker) -> None:
@@ -200,7 +200,19 @@ def test_the_profile_tells_the_limits(worker: LlamaWorker) -> None:
     assert profile is not None
     assert (profile["max_input_tokens"], profile["max_output_tokens"]) == (4096, 50)
     assert profile["text_inputs"]
-    assert not profile["tool_calling"]
+    assert not profile["reasoning_output"]
+
+
+@pytest.mark.parametrize("skill", ["tool_calling", "tool_choice", "tool_call_streaming", "structured_output"])
+def test_the_profile_tells_the_skills(worker: LlamaWorker, skill: str) -> None:
+    """An agent that is left to choose takes the way that its profile offers."""
+    assert chat(worker).profile[skill] is True  # type: ignore[index, literal-required]
+
+
+def test_a_template_of_a_model_that_thinks_shows_in_its_profile() -> None:
+    thinker = ChatLlamaWorker(model="demo://smollm2-135m-instruct", chat_template="{{ messages }}<think>")
+    assert thinker.profile is not None
+    assert thinker.profile["reasoning_output"] is True
 
 
 def test_a_worker_given_twice_over_must_agree(worker: LlamaWorker) -> None:

@@ -1,10 +1,15 @@
 """What only the real engine can show."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import pytest
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain.agents import create_agent
+from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
+from langchain.agents.structured_output import AutoStrategy, ProviderStrategy, ToolStrategy
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel
 
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
 from llama_worker import close_all, inspect_model
@@ -42,6 +47,81 @@ def test_the_three_classes_share_one_model() -> None:
     assert chat._connect() is llm._connect()
     assert chat.invoke("Hello").text
     assert llm.invoke("Hello")
+
+
+@tool
+def weather(city: Literal["Rome", "Oslo"]) -> str:
+    """Tells the weather of a city."""
+    return f"It rains in {city}."
+
+
+@tool
+def pay(to: Literal["bob", "ann"], amount: int) -> str:
+    """Pays somebody an amount."""
+    return f"{amount} paid to {to}."
+
+
+class Answer(BaseModel):
+    """What was done."""
+
+    city: Literal["Rome", "Oslo"]
+    paid: bool
+
+
+@wrap_model_call
+def in_turn(request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
+    """One tool, then the other, then words: so small a model decides nothing."""
+    n = sum(isinstance(message, ToolMessage) for message in request.messages)
+    return handler(
+        request.override(tool_choice=["weather", {"type": "function", "function": {"name": "pay"}}, "none"][n])
+    )
+
+
+TASK: Any = {"messages": [HumanMessage("How is the weather in Rome? Pay bob 3.")]}
+
+
+def test_an_agent_completes_a_task_with_two_tools_that_it_is_made_to_use() -> None:
+    agent = create_agent(ChatLlamaWorker(**MODEL, temperature=0, max_tokens=64), [weather, pay], middleware=[in_turn])
+    messages = agent.invoke(TASK)["messages"]
+    assert [m.name for m in messages if isinstance(m, ToolMessage)] == ["weather", "pay"]
+    assert [m.status for m in messages if isinstance(m, ToolMessage)] == ["success", "success"]
+    assert messages[-1].text
+    assert not messages[-1].tool_calls
+
+
+@pytest.mark.parametrize("strategy", [ToolStrategy, ProviderStrategy, AutoStrategy])
+async def test_an_agent_answers_with_an_object(strategy: Any) -> None:
+    model = ChatLlamaWorker(**MODEL, temperature=0, max_tokens=64)
+    state = await create_agent(model, [], response_format=strategy(Answer)).ainvoke(TASK)
+    assert isinstance(state["structured_response"], Answer)
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+@pytest.mark.parametrize("choice", ["any", "pay", "none"])
+def test_an_answer_is_the_same_streamed_or_not(choice: str, version: str | None) -> None:
+    model = ChatLlamaWorker(**MODEL, temperature=0, max_tokens=48, output_version=version)
+    bound = model.bind_tools([weather, pay], tool_choice=choice)
+    invoked, chunks = bound.invoke("Pay bob 3."), list(bound.stream("Pay bob 3."))
+    streamed: Any = chunks[0] + chunks[1:]  # type: ignore[operator]
+    assert streamed.text == invoked.text
+    assert [(c["name"], c["args"]) for c in streamed.tool_calls] == [(c["name"], c["args"]) for c in invoked.tool_calls]
+    assert bool(invoked.tool_calls) == (choice != "none")
+    assert streamed.response_metadata == invoked.response_metadata
+    assert streamed.usage_metadata["total_tokens"] == invoked.usage_metadata["total_tokens"]  # type: ignore[index]
+    counted = model.get_num_tokens_from_messages([HumanMessage("Pay bob 3.")], [weather, pay])
+    assert counted == invoked.usage_metadata["input_tokens"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("max_tokens", [8, 16, 24])
+def test_a_call_that_max_tokens_cut_off_is_none(max_tokens: int) -> None:
+    bound = ChatLlamaWorker(**MODEL, temperature=0, max_tokens=max_tokens).bind_tools([pay], tool_choice="any")
+    chunks = list(bound.stream("Pay bob 3."))
+    streamed: Any = chunks[0] + chunks[1:]  # type: ignore[operator]
+    for answer in (bound.invoke("Pay bob 3."), streamed):
+        if answer.response_metadata["finish_reason"] == "length":
+            assert answer.tool_calls == []
+        for call in answer.tool_calls:
+            assert set(call["args"]) == {"to", "amount"}
 
 
 def test_the_profile_comes_from_the_header_and_the_settings() -> None:

@@ -1,4 +1,6 @@
-"""The translations between LangChain's messages and the worker's."""
+"""LangChain's messages as the worker's: nothing that was said, thought or called is lost, and nothing is twice."""
+
+from typing import Any
 
 import pytest
 from langchain_core.messages import (
@@ -11,26 +13,13 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.outputs import ChatGenerationChunk
 
-from langchain_llama_worker._messages import ChatChunks, chat_result, generation_chunk, to_core
-from llama_worker import (
-    Finished,
-    InvalidRequestError,
-    Message,
-    Reply,
-    TextDelta,
-    TokenLogprob,
-    UnsupportedFeatureError,
-    Usage,
-)
+from langchain_llama_worker._cut import spoiler
+from langchain_llama_worker._messages import to_core
+from llama_worker import InvalidRequestError, Message, ToolCall, UnsupportedFeatureError
 
-USAGE = Usage(prompt_tokens=10, completion_tokens=3, cached_tokens=7)
-LOGPROBS = (
-    TokenLogprob(token=1, text="a", logprob=-0.1, top=((1, "a", -0.1), (2, "b", -2.0))),
-    TokenLogprob(token=3, text="c", logprob=-0.2, top=((3, "c", -0.2),)),
-    TokenLogprob(token=4, text="", logprob=-0.3, top=()),
-)
+CALL = {"name": "add", "args": {"a": 1}, "id": "1", "type": "tool_call"}
+CORE_CALL = ToolCall(id="1", name="add", arguments={"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -39,17 +28,12 @@ LOGPROBS = (
         (SystemMessage("be brief"), Message(role="system", content="be brief")),
         (HumanMessage("hi", name="ann"), Message(role="user", content="hi", name="ann")),
         (AIMessage("hello"), Message(role="assistant", content="hello")),
-        (AIMessageChunk("hello"), Message(role="assistant", content="hello")),
-        (ToolMessage("42", tool_call_id="1", name="add"), Message(role="tool", content="42", name="add")),
+        (AIMessageChunk(content="hello"), Message(role="assistant", content="hello")),
         (FunctionMessage("42", name="add"), Message(role="tool", content="42", name="add")),
         (ChatMessage("hi", role="user"), Message(role="user", content="hi")),
         (ChatMessage("hi", role="developer"), Message(role="system", content="hi")),
         (HumanMessage(["one ", {"type": "text", "text": "two"}]), Message(role="user", content="one two")),
         (HumanMessage([]), Message(role="user", content="")),
-        (
-            AIMessage([{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "yes"}]),
-            Message(role="assistant", content="yes"),
-        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -73,93 +57,136 @@ def test_content_that_is_not_text_is_refused_by_its_type(block: dict[str, object
         to_core([HumanMessage([{"type": "text", "text": "look"}, block])])
 
 
-def test_a_past_tool_call_is_refused_rather_than_dropped() -> None:
-    with pytest.raises(UnsupportedFeatureError, match="tool calls"):
-        to_core([AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "1"}])])
-
-
 def test_an_unknown_role_is_named() -> None:
     with pytest.raises(InvalidRequestError, match="role='narrator'"):
         to_core([ChatMessage("once", role="narrator")])
 
 
-def _merged(
-    events: list[TextDelta | Finished], *, usage: bool = True
-) -> tuple[list[ChatGenerationChunk], AIMessageChunk]:
-    chunks = ChatChunks("m", usage=usage)
-    parts = [chunks.chunk(event) for event in events]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole += part
-    assert isinstance(whole.message, AIMessageChunk)
-    return parts, whole.message
+# -- calls ------------------------------------------------------------------------------------------
 
 
-STREAMS = {
-    "two deltas": [TextDelta("a"), TextDelta("c"), Finished(reason="stop", text="ac", usage=USAGE)],
-    "no text": [Finished(reason="length", text="", usage=USAGE)],
-    "logprobs": [
-        TextDelta("a", LOGPROBS[:1]),
-        TextDelta("c", LOGPROBS[1:2]),
-        Finished(reason="stop", text="ac", usage=USAGE, logprobs=LOGPROBS),
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("so", tool_calls=[CALL]),
+        AIMessage([{"type": "text", "text": "so"}], tool_calls=[CALL]),
+        AIMessage(content_blocks=[{"type": "text", "text": "so"}, CALL]),
+        AIMessage(
+            [{"type": "text", "text": "so"}, CALL], tool_calls=[CALL], response_metadata={"output_version": "v1"}
+        ),
+        AIMessage([{"type": "text", "text": "so"}, CALL]),
+        AIMessage(
+            [{"type": "text", "text": "so"}, {"type": "tool_use", "id": "1", "name": "add", "input": {"a": 1}}],
+            tool_calls=[CALL],
+        ),
+        AIMessage([{"type": "text", "text": "so"}, {"type": "tool_use", "id": "1", "name": "add", "input": {"a": 1}}]),
+        AIMessage(
+            [{"type": "text", "text": "so"}, {"type": "function_call", "id": "fc_9", "call_id": "1", "name": "add"}],
+            tool_calls=[CALL],
+        ),
+        AIMessage(
+            "so",
+            additional_kwargs={"tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}]},
+        ),
+        AIMessageChunk(
+            content="so",
+            tool_call_chunks=[{"name": "add", "args": '{"a": 1}', "id": "1", "index": 1, "type": "tool_call_chunk"}],
+        ),
     ],
-}
+    ids=[
+        "tool_calls",
+        "text block",
+        "content_blocks",
+        "v1, in both",
+        "in the content only",
+        "anthropic, in both",
+        "anthropic, in the content only",
+        "openai's own form",
+        "openai's old place",
+        "streamed",
+    ],
+)
+def test_a_call_is_told_once_wherever_it_stands(message: AIMessage) -> None:
+    assert to_core([message]) == [Message(role="assistant", content="so", tool_calls=(CORE_CALL,))]
 
 
-@pytest.mark.parametrize("events", STREAMS.values(), ids=STREAMS)
-def test_the_chunks_of_a_stream_add_up_to_the_whole_reply(events: list[TextDelta | Finished]) -> None:
-    end = events[-1]
-    assert isinstance(end, Finished)
-    reply = Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model="m", logprobs=end.logprobs)
-    whole = chat_result(reply, "m").generations[0]
-    parts, merged = _merged(events)
-    assert merged.content == whole.message.content
-    assert merged.usage_metadata == whole.message.usage_metadata
-    assert merged.response_metadata == whole.message.response_metadata
-    assert parts[-1].generation_info == whole.generation_info == {"finish_reason": end.reason}
+def test_a_provider_s_form_that_nothing_else_tells_is_refused_and_not_dropped() -> None:
+    with pytest.raises(UnsupportedFeatureError, match="function_call"):
+        to_core([AIMessage([{"type": "function_call", "call_id": "1", "name": "add", "arguments": "{}"}])])
 
 
-@pytest.mark.parametrize("events", STREAMS.values(), ids=STREAMS)
-def test_only_the_last_chunk_says_that_it_is_the_last(events: list[TextDelta | Finished]) -> None:
-    parts, _ = _merged(events)
-    positions = [part.message.chunk_position for part in parts]
-    assert positions == [None] * (len(parts) - 1) + ["last"]
+def test_a_call_without_an_id_is_one_too() -> None:
+    [message] = to_core([AIMessage("", tool_calls=[{**CALL, "id": None}])])
+    assert message.tool_calls == (ToolCall(id="", name="add", arguments={"a": 1}),)
 
 
-def test_usage_counts_the_cached_tokens_as_part_of_the_input() -> None:
-    _, merged = _merged(STREAMS["two deltas"])
-    assert merged.usage_metadata == {
-        "input_tokens": 10,
-        "output_tokens": 3,
-        "total_tokens": 13,
-        "input_token_details": {"cache_read": 7},
-    }
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('{"a": 1, "b": "tw', {"a": 1, "b": "tw"}),
+        ('{"a": 1, "b": "tw' + spoiler('{"a": 1, "b": "tw'), {"a": 1, "b": "tw"}),
+        ('{"a": [1, {"b": 2' + spoiler('{"a": [1, {"b": 2'), {"a": [1, {"b": 2}]}),
+        ('{"a": 1}' + spoiler('{"a": 1}'), {"a": 1}),
+        ("", {}),
+        (spoiler(""), {}),
+        ("a=1", {"arguments": "a=1"}),
+        ("[" * 100_000, {}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_broken_call_is_shown_as_far_as_it_was_written(text: str, arguments: dict[str, Any]) -> None:
+    """And its answer, which says that it was broken, keeps its partner."""
+    broken = AIMessage("", invalid_tool_calls=[{"name": "add", "args": text, "id": "1", "error": "cut off"}])
+    answer = ToolMessage("could not be executed", tool_call_id="1", status="error")
+    told, answered = to_core([broken, answer])
+    assert told.tool_calls == (ToolCall(id="1", name="add", arguments=arguments),)
+    assert answered.tool_call_id == "1"
 
 
-def test_usage_can_be_left_out_of_a_stream() -> None:
-    _, merged = _merged(STREAMS["two deltas"], usage=False)
-    assert merged.usage_metadata is None
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        (ToolMessage("42", tool_call_id="1", name="add"), "42"),
+        (ToolMessage(["4", {"type": "text", "text": "2"}], tool_call_id="1", name="add"), "42"),
+        (ToolMessage("no b", tool_call_id="1", name="add", status="error"), "Error: no b"),
+        (ToolMessage("Error: no b", tool_call_id="1", name="add", status="error"), "Error: no b"),
+        (ToolMessage("error 7", tool_call_id="1", name="add", status="error"), "error 7"),
+        (ToolMessage("", tool_call_id="1", name="add", status="error"), "Error: "),
+        (ToolMessage("42", tool_call_id="1", name="add", artifact=object()), "42"),
+    ],
+    ids=["text", "blocks", "failed", "says so itself", "in its own way", "failed without words", "artifact"],
+)
+def test_the_result_of_a_tool_keeps_its_id_its_name_and_that_it_failed(message: ToolMessage, content: str) -> None:
+    assert to_core([message]) == [Message(role="tool", content=content, name="add", tool_call_id="1")]
 
 
-def test_logprobs_have_the_shape_that_users_know_from_openai() -> None:
-    _, merged = _merged(STREAMS["logprobs"])
-    content = merged.response_metadata["logprobs"]["content"]
-    assert content[0] == {
-        "token": "a",
-        "bytes": [97],
-        "logprob": -0.1,
-        "top_logprobs": [
-            {"token": "a", "bytes": [97], "logprob": -0.1},
-            {"token": "b", "bytes": [98], "logprob": -2.0},
-        ],
-    }
-    assert [entry["token"] for entry in content] == ["a", "c", ""]
+# -- thoughts ---------------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_completion_carries_everything_but_the_text() -> None:
-    end = generation_chunk(Finished(reason="stop", text="ac", usage=USAGE), "m", usage=True)
-    assert end.text == ""
-    assert end.generation_info is not None
-    assert end.generation_info["finish_reason"] == "stop"
-    assert end.generation_info["usage_metadata"]["total_tokens"] == 13
-    assert generation_chunk(TextDelta("a"), "m", usage=True).generation_info is None
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage([{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "yes"}]),
+        AIMessage([{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "yes"}]),
+        AIMessage([{"type": "reasoning_content", "reasoning_content": {"text": "hm"}}, "yes"]),
+        AIMessage([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}, "yes"]),
+        AIMessage("yes", additional_kwargs={"reasoning_content": "hm"}),
+        AIMessage([{"type": "reasoning", "reasoning": "hm"}, "yes"], additional_kwargs={"reasoning_content": "hm"}),
+    ],
+    ids=["v1", "anthropic", "bedrock", "openai", "aside", "in both places"],
+)
+def test_thoughts_are_told_once_and_are_not_text(message: AIMessage) -> None:
+    assert to_core([message]) == [Message(role="assistant", content="yes", reasoning="hm")]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage([{"type": "redacted_thinking", "data": "x"}, "yes"]),
+        AIMessage("yes", additional_kwargs={"reasoning_content": ""}),
+        AIMessage("yes", additional_kwargs={"reasoning_content": {"odd": 1}}),
+    ],
+    ids=["encrypted", "empty", "odd"],
+)
+def test_what_cannot_be_read_of_a_thought_is_none(message: AIMessage) -> None:
+    assert to_core([message]) == [Message(role="assistant", content="yes")]

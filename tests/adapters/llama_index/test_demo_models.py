@@ -4,18 +4,22 @@ import asyncio
 import copy
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from llama_index.core import VectorStoreIndex
+from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.schema import TextNode
+from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.llama_worker import LlamaWorkerEmbedding
 from llama_index.llms.llama_worker import LlamaWorkerLLM
+from pydantic import Field
 
 from llama_worker import close_all
 
 pytestmark = pytest.mark.engine
+agents = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the workflow engine itself
 
 QUESTION = [ChatMessage("What is the capital of France? Answer in one word.", role="user")]
 
@@ -97,3 +101,45 @@ async def test_retrieval_from_documents_to_an_answer(llm: LlamaWorkerLLM, embedd
     for response in (engine.query("What do the sheep eat?"), await engine.aquery("What do the sheep eat?")):
         assert response.source_nodes[0].get_content() == texts[0]
         assert "seaweed" in str(response)
+
+
+def weigh(animal: Literal["sheep", "cow"]) -> str:
+    """How heavy an animal is, in kg."""
+    return {"sheep": "80", "cow": "700"}[animal]
+
+
+def price(kg: Annotated[int, Field(ge=1, le=999)]) -> str:
+    """What so many kg cost."""
+    return f"{kg * 5} coins"
+
+
+class Planned(LlamaWorkerLLM):
+    """Calls weigh, then price, then answers: this model is too small to plan it."""
+
+    def _prepare_chat_with_tools(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        n_results = sum(message.role == "tool" for message in kwargs["chat_history"])
+        choice = ["weigh", "price", "none"][n_results]
+        return super()._prepare_chat_with_tools(*args, **{**kwargs, "tool_choice": choice, "tool_required": False})
+
+
+@agents
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_an_agent_completes_a_task_with_two_tools(streaming: bool) -> None:
+    """The choice is forced, the arguments and the answer are the model's."""
+    llm = Planned(**LLM, temperature=0, max_tokens=64)
+    agent = FunctionAgent(tools=[weigh, price], llm=llm, streaming=streaming, allow_parallel_tool_calls=False)
+    run = agent.run(user_msg="What does a sheep cost?")
+    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
+    assert [result.tool_name for result in results] == ["weigh", "price"]
+    assert not any(result.tool_output.is_error for result in results)
+    output = await run
+    assert output.response.content
+    assert len(output.tool_calls) == 2
+
+
+@agents
+async def test_the_first_call_of_an_agent_may_be_forced() -> None:
+    llm = LlamaWorkerLLM(**LLM, temperature=0, max_tokens=64)
+    tool = FunctionTool.from_defaults(weigh, return_direct=True)
+    agent = FunctionAgent(tools=[tool], llm=llm, initial_tool_choice="weigh", allow_parallel_tool_calls=False)
+    assert str(await agent.run(user_msg="How heavy is a sheep?")) in ("80", "700")

@@ -9,7 +9,6 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, Completi
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.llama_worker import LlamaWorkerLLM
-from pydantic import BaseModel
 
 from llama_worker import (
     ContextOverflowError,
@@ -95,7 +94,7 @@ async def test_the_last_response_is_the_whole_reply(ask: Ask, llm: LlamaWorkerLL
         "model": "model",
         "finish_reason": "stop",
         "usage": {"prompt_tokens": last.raw["usage"]["prompt_tokens"], "completion_tokens": 9}
-        | {"total_tokens": last.raw["usage"]["prompt_tokens"] + 9, "cached_tokens": 0},
+        | {"total_tokens": last.raw["usage"]["prompt_tokens"] + 9, "cached_tokens": 0, "reasoning_tokens": 0},
     }
 
 
@@ -148,11 +147,36 @@ async def test_a_keyword_that_cannot_be_meant_is_named(
 
 
 @every_way
-@pytest.mark.parametrize("name", ["tools", "response_format", "grammar"])
-async def test_what_this_version_cannot_enforce_is_refused(ask: Ask, name: str, llm: LlamaWorkerLLM) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=name):
-        await ask(llm, **{name: ["something"]})
-    assert text_of((await ask(llm, **{name: None}))[-1]) == "Hi there!"
+async def test_keywords_that_say_nothing_change_nothing(ask: Ask, llm: LlamaWorkerLLM) -> None:
+    """LlamaIndex's programs pass them so."""
+    nothing = dict.fromkeys(["tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar", "timeout"])
+    assert text_of((await ask(llm, **nothing))[-1]) == "Hi there!"
+
+
+@every_way
+async def test_text_is_no_format(ask: Ask, llm: LlamaWorkerLLM) -> None:
+    """OpenAI's way to say so."""
+    assert text_of((await ask(llm, response_format={"type": "text"}))[-1]) == "Hi there!"
+
+
+@every_way
+async def test_a_format_is_enforced(ask: Ask, llm: LlamaWorkerLLM) -> None:
+    for keywords in ({"grammar": 'root ::= "a" | "b"'}, {"response_format": {"type": "choice", "choices": ["a", "b"]}}):
+        assert text_of((await ask(llm, **keywords))[-1]) in ("a", "b")
+    with pytest.raises(InvalidRequestError, match="verse"):
+        await ask(llm, response_format={"type": "verse"})
+
+
+@every_way
+async def test_a_format_asked_for_twice_is_refused(ask: Ask, llm: LlamaWorkerLLM) -> None:
+    with pytest.raises(InvalidRequestError, match="grammar"):
+        await ask(llm, grammar='root ::= "a"', response_format={"type": "json_object"})
+
+
+@pytest.mark.parametrize("ask", [complete, acomplete, stream_complete, astream_complete])
+async def test_a_completion_takes_no_tools(ask: Ask, llm: LlamaWorkerLLM) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="chat"):
+        await ask(llm, tools=[{"name": "f"}])
 
 
 @every_way
@@ -285,29 +309,3 @@ async def test_calls_without_tools_are_plain_chats(llm: LlamaWorkerLLM) -> None:
     chunks = await collected(await llm.astream_chat_with_tools(tools=[], user_msg=HELLO[0], chat_history=history))
     assert text_of(chunks[-1]) == "Hi there!"
     assert len(history) == 2
-
-
-def test_tools_are_refused_with_a_way_out(llm: LlamaWorkerLLM) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="ReActAgent"):
-        llm.chat_with_tools(tools=[object()], user_msg="Hello")  # type: ignore[list-item]
-    with pytest.raises(UnsupportedFeatureError, match="ReActAgent"):
-        llm.chat_with_tools(tools=[], user_msg="Hello", tool_required=True)
-    with pytest.raises(UnsupportedFeatureError, match="tool calling"):
-        llm.get_tool_calls_from_response(llm.chat(HELLO))
-
-
-class Song(BaseModel):
-    title: str
-
-
-async def test_structured_output_is_parsed_from_text() -> None:
-    """As LlamaIndex does for every model without tool calls: the schema is in the prompt, the reply is parsed."""
-    with fake_worker('{"title": "Yesterday"}', n_ctx=20_000) as worker:
-        llm, prompt = LlamaWorkerLLM(worker=worker), PromptTemplate("A song, please.")
-        assert llm.structured_predict(Song, prompt) == Song(title="Yesterday")
-        assert await llm.astructured_predict(Song, prompt) == Song(title="Yesterday")
-
-
-def test_structured_output_that_is_none_is_an_error(llm: LlamaWorkerLLM) -> None:
-    with pytest.raises(ValueError, match=r"(?i)json"):
-        llm.structured_predict(Song, PromptTemplate("A song, please."))

@@ -1,5 +1,6 @@
 """What callback handlers and instrumentation see: one LLM event for each public call, exact usage, no secrets."""
 
+import json
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_worker import LlamaWorker
 from llama_worker.testing import fake_worker
 
 from .conftest import HELLO, Recorder
+from .scripts import SING, SONG_TOOL, Song, scripted
 
 Run = Callable[[LlamaWorkerLLM], Awaitable[Any]]
 
@@ -106,7 +108,7 @@ async def test_counted_tokens_are_the_usage(run: Run, worker: LlamaWorker) -> No
 
 @every_call
 async def test_payloads_name_the_model_and_hold_no_path(run: Run, recorder: Recorder) -> None:
-    with fake_worker("Hi", model="/home/ann/secret/tiny") as worker:
+    with fake_worker("Hi", model="secret/folder/tiny") as worker:
         llm = LlamaWorkerLLM(
             worker=worker, temperature=0.5, system_prompt="secret", callback_manager=CallbackManager([recorder])
         )
@@ -136,6 +138,31 @@ def test_a_failed_call_ends_its_event(recorder: Recorder) -> None:
         with pytest.raises(Exception, match="exceed the limit"):
             list(llm.stream_chat(HELLO))
     assert [list(payload) for _, payload in recorder.ends] == [[EventPayload.EXCEPTION]] * 2
+
+
+PREDICTED = ["LLMStructuredPredictStartEvent", "LLMChatStartEvent", "LLMChatEndEvent", "LLMStructuredPredictEndEvent"]
+
+
+async def test_a_structured_prediction_is_reported_as_one(events: Events) -> None:
+    prompt = PromptTemplate("A song, please.")
+    with scripted('{"title": "Yesterday", "year": 1965}') as llm:
+        llm.structured_predict(Song, prompt)
+        await llm.astructured_predict(Song, prompt)
+        list(llm.stream_structured_predict(Song, prompt))
+        assert [o async for o in await llm.astream_structured_predict(Song, prompt)]
+    assert events.names() == PREDICTED * 4
+
+
+async def test_calls_with_tools_are_one_llm_event_each(recorder: Recorder) -> None:
+    with scripted(SING, callback_manager=CallbackManager([recorder])) as llm:
+        llm.chat_with_tools([SONG_TOOL], "x")
+        list(llm.stream_chat_with_tools([SONG_TOOL], "x"))
+        await llm.achat_with_tools([SONG_TOOL], "x")
+        assert [chunk async for chunk in await llm.astream_chat_with_tools([SONG_TOOL], "x")]
+        llm.predict_and_call([SONG_TOOL], "x")
+    assert [kind for kind, _ in recorder.ends].count(CBEventType.LLM) == 5
+    for _, payload in recorder.starts:
+        json.dumps(payload.get(EventPayload.ADDITIONAL_KWARGS))
 
 
 def test_predict_is_one_llm_event(worker: LlamaWorker, recorder: Recorder) -> None:

@@ -21,6 +21,7 @@ class Slot(Enum):
     """What varies in a call."""
 
     NAME = "name"
+    """The tool's name. It may stand twice in a call; it is the same both times."""
     ID = "id"
     """An id that the template writes: letters, digits, `_`, `-`, `.` and `:`."""
     INDEX = "index"
@@ -40,6 +41,10 @@ class Tagged:
         key_open  KEY  value_open  JSON VALUE  value_close       otherwise
 
     `between` stands between two arguments. A string is written as it is, so it cannot contain `string_close`.
+    `key_again`: with both closing texts the key stands once more, followed by this text: `</` KEY `>` is a
+    `string_close` of `</` and a `key_again` of `>`. `type_close`: before a JSON value its JSON type is named
+    (number, boolean, object, array or null) and followed by this text: value_open TYPE type_close VALUE.
+    `json_strings`: strings are JSON values like all others; string_open and string_close then count for nothing.
     """
 
     key_open: str
@@ -48,6 +53,9 @@ class Tagged:
     value_open: str
     value_close: str
     between: str = ""
+    key_again: str | None = None
+    type_close: str | None = None
+    json_strings: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +63,11 @@ class CallSyntax:
     """How the calls of one turn are written.
 
     `trigger` is the text from which on the model has begun to call: a beginning of the first call's text, long
-    enough to be meant. With `only_at_start` it counts only where the reply begins. `arguments`: "json" an object,
-    "json_string" an object as the text of a JSON string, or Tagged. `separator` None: one call a turn.
+    enough to be meant. With `only_at_start` it counts only where the reply begins; if it is empty then, nothing
+    marks a call, and a reply that begins neither with a thought nor as TextSyntax says is calls. `arguments`: "json"
+    an object, "json_string" an object as the text of a JSON string, or Tagged. `separator` None: one call a turn.
+    Neither `section_open` nor the first call begins with a blank, but where nothing marks a call: blanks before the
+    section mean nothing.
     """
 
     call: tuple[Part, ...]
@@ -80,13 +91,27 @@ class ReasoningSyntax:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextSyntax:
+    """What stands around the text of a reply, where it is marked: neither is text. Empty: nothing stands there.
+
+    A reply may leave either out. Behind `close` comes no more text, only calls or the end.
+    """
+
+    open: str = ""
+    close: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
     """What one template writes. `digest` is the template's; `origin` says where this knowledge is from.
 
     derived: the template was rendered and the difference read. data: an entry of format_data.py. generic: the
     template knows no tools; they are described in the system message and called as JSON.
 
-    `calls` None: this model cannot be given tools. `takes_tools`: the template renders tools by itself.
+    `calls` None: this model cannot be given tools. `takes_tools`: the template renders tools by itself; otherwise
+    they are described in the system message. `takes_calls`: it renders past calls by itself; otherwise they are
+    written into the content (`generic.describe_tools`, `calls.write_calls`).
+    `turn_open` is what it writes before a reply, without the beginning of a thought.
     `arguments_as_text`: it wants the arguments of past calls as JSON text. `replays_reasoning`: it writes the
     thoughts of past turns. `thinking_switch`: the variable that turns thinking on and off, if there is one.
     """
@@ -95,7 +120,10 @@ class ChatFormat:
     origin: Literal["derived", "data", "generic"]
     calls: CallSyntax | None = None
     reasoning: ReasoningSyntax | None = None
+    text: TextSyntax = TextSyntax()
     takes_tools: bool = False
+    takes_calls: bool = False
     arguments_as_text: bool = False
     replays_reasoning: bool = False
     thinking_switch: str | None = None
+    turn_open: str = ""

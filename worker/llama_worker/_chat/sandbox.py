@@ -1,32 +1,34 @@
 """The Jinja dialect of chat templates (that of Transformers), for templates from strangers.
 
-Jinja's sandbox keeps attributes closed but lets one operation fill the memory: `'%9999999999d' % 1`. Here those
-that pad and repeat are bounded. Time, and memory that is filled in many steps, are not: a
-template that loops for long blocks its caller, never the worker.
+Jinja's sandbox keeps attributes closed but bounds nothing: `'%9999999999d' % 1` fills the memory, two nested loops
+never end. Here every step is paid for (`fuel.py`, `bounds.py`), so a template ends in bounded time and memory.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
-from functools import wraps
-from types import GeneratorType
-from typing import Any, NoReturn
+from collections.abc import Callable
+from types import BuiltinMethodType, GeneratorType
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import SandboxedEnvironment
 
+from llama_worker._chat import bounds
+from llama_worker._chat.filters import REFUSED_FILTERS, priced_filter, priced_test
+from llama_worker._chat.fuel import costly, fuelled, step
+from llama_worker._chat.methods import call_method
 from llama_worker._chat.segments import MARKS
 
-_MAX_PADDING = 10_000
-_MAX_REPEATED = 100_000
+MAX_SOURCE = 2**18
+"""Characters that a template may have."""
+
+_CALL, _METHOD = 32, 8
 
 
 class _Generation(Extension):
@@ -40,75 +42,36 @@ class _Generation(Extension):
 
 
 class _Sandbox(SandboxedEnvironment):
-    """Jinja's sandbox, which keeps attributes closed, and bounds on single operations, which it lacks."""
+    """Jinja's sandbox, which keeps attributes closed, where calls, operators and joins are paid for."""
 
-    intercepted_binops = frozenset({"%", "*", "**"})
+    intercepted_binops = frozenset({"+", "%", "*", "**"})
+    concat = staticmethod(bounds.concatenated)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _BOUNDS[operator](left, right)
-        return super().call_binop(context, operator, left, right)
+        return bounds.OPERATORS[operator](left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(__obj, "__self__", None), str):
-            _bound_padding(*args, **kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(__obj, BuiltinMethodType) and isinstance(owner, str | list | dict | tuple):
+            kwargs.pop("_block_vars", None)
+            kwargs.pop("_loop_vars", None)
+            step(_METHOD)
+            return call_method(owner, __obj, args, kwargs)
+        step(_CALL)
+        if isinstance(owner, type):
+            raise SecurityError("calls a method of a class")
+        if __obj is dict or isinstance(owner, LoopContext):  # they make keys of it, or compare it
+            bounds.weight(list(args))
+        return bounds.paid(super().call(__context, __obj, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(argument) is tuple:  # its hash is made by a recursion that nothing bounds
+            bounds.weight(argument)
+        return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            _bound_format(value.__self__)
-        return wrapped
-
-
-def _bound_product(left: Any, right: Any) -> None:
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, Sequence) and isinstance(other, int) and len(one) * other > _MAX_REPEATED:
-            raise SecurityError("repeats a sequence too often")
-        if isinstance(one, int) and one.bit_length() > 1024:
-            raise SecurityError("multiplies by a number beyond 1024 bits")
-
-
-def _bound_power(left: Any, right: Any) -> None:
-    if not (isinstance(left, int | float) and isinstance(right, int | float)) or abs(left) > 10_000 or abs(right) > 64:
-        raise SecurityError("takes a power that is too large")
-
-
-def _bound_modulo(left: Any, right: Any) -> None:
-    if isinstance(left, str):
-        _bound_printf(left)
-
-
-_PRINTF_WIDTH = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\d{5}|\*)")
-_FORMAT_WIDTH = re.compile(r"\d{5}|:[^}]*\{")
-
-
-def _bound_printf(form: str) -> None:
-    if _PRINTF_WIDTH.search(form):
-        raise SecurityError("formats to a width that is too large or not constant")
-
-
-def _bound_format(form: str) -> None:
-    if _FORMAT_WIDTH.search(form):
-        raise SecurityError("formats to a width that is too large or not constant")
-
-
-def _bound_padding(*args: Any, **kwargs: Any) -> None:
-    if any(isinstance(value, int) and value > _MAX_PADDING for value in (*args, *kwargs.values())):
-        raise SecurityError(f"pads, or takes a width, beyond {_MAX_PADDING}")
-
-
-_BOUNDS: dict[str, Callable[[Any, Any], None]] = {"*": _bound_product, "**": _bound_power, "%": _bound_modulo}
-
-
-def _bounded(apply: Callable[..., Any], bound: Callable[..., None]) -> Callable[..., Any]:
-    """The filter `apply`, refused where `bound` raises. Keeps the attributes by which Jinja knows filters."""
-
-    @wraps(apply)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        bound(*args, **kwargs)
-        return apply(*args, **kwargs)
-
-    return checked
+        return None if wrapped is None else bounds.formatting(value.__self__, wrapped)
 
 
 def _tojson(
@@ -119,11 +82,31 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Transformers' filter: no HTML escapes, Unicode as it is. Takes generators (`map`, `select`) as lists."""
-    _bound_padding(indent)
+    if isinstance(value, GeneratorType):
+        value = list(value)
+    items = bounds.weight(value) // 8
+    if indent is not None:
+        bounds.bound_indent(items * _depth(value), indent)
+    if separators is not None:
+        bounds.bound_product(items, sum(map(len, separators)))
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_listed
     )
-    return _with_marks(text) if ensure_ascii else text
+    return str(bounds.paid(_with_marks(text) if ensure_ascii else text))
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting; `weight` has seen that they are few."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return 1 + max(map(_depth, parts), default=0)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, GeneratorType):
+        raise TypeError(f"tojson cannot take a {type(value).__name__}")
+    items = list(value)
+    bounds.weight(items)
+    return items
 
 
 def _with_marks(text: str) -> str:
@@ -133,25 +116,40 @@ def _with_marks(text: str) -> str:
     return text
 
 
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, GeneratorType):
-        return list(value)
-    raise TypeError(f"tojson cannot take a {type(value).__name__}")
-
-
 def _raise_exception(message: Any) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
+    raise jinja2.TemplateError(bounds.written(message))
 
 
 def _environment() -> SandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    for name in ("center", "indent", "batch", "slice"):
-        environment.filters[name] = _bounded(FILTERS[name], lambda _, *args, **kwargs: _bound_padding(*args, **kwargs))
-    environment.filters["format"] = _bounded(FILTERS["format"], lambda form, *_, **__: _bound_printf(str(form)))
-    environment.filters["tojson"] = _tojson
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        finalize=bounds.finalized,
+        extensions=[_Generation, loopcontrols],
+    )
+    for name in REFUSED_FILTERS:
+        del environment.filters[name]
+    for name, apply in environment.filters.items():
+        environment.filters[name] = priced_filter(name, apply)
+    tests = cast("dict[str, Callable[..., Any]]", environment.tests)
+    for name, test in tests.items():
+        tests[name] = priced_test(name, test)
+    environment.filters |= bounds.OPERATIONS | {"tojson": _tojson, "string": bounds.written}
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
 
-ENVIRONMENT = _environment()
-"""Where chat templates are compiled. Shared: templates cannot change it."""
+_ENVIRONMENT = _environment()  # Shared: templates cannot change it.
+
+
+def compiled(source: str) -> jinja2.Template:
+    """The template `source`, each step of which is paid for. Render it within `fuelled`.
+
+    Raises whatever Jinja and Python raise for what they cannot compile, SecurityError for what is too long.
+    """
+    if len(source) > MAX_SOURCE:
+        raise SecurityError(f"has more than {MAX_SOURCE} characters")
+    with fuelled():  # Jinja works out constants
+        return _ENVIRONMENT.from_string(costly(_ENVIRONMENT.parse(source)))

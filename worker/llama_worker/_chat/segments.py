@@ -1,21 +1,15 @@
-"""What in a rendered prompt came from whom: control tokens that users wrote, and where contents stand.
+"""What in a rendered prompt came from whom: control tokens that users wrote.
 
 Text from users must never become control tokens. Before rendering, `ControlTextGuard.protect` wraps what
 could be read as one between two private-use characters; templates trim, split and search as before, because
 all else is untouched. After rendering, `ControlTextGuard.split` takes the marks out again, and what stood
 between them is tokenized as plain text, in a piece of its own.
-
-To use the token ids of replies that we produced in place of tokenizing them again, one must know where they
-stand. Searching is unsafe ("a" stands in many places, and users may quote a reply), so the template is rendered
-a second time with a unique word in place of each content. `find_contents` reads the one rendering along
-the other.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
 _OPEN, _CLOSE = MARKS = "\U000f0000", "\U000f0001"
@@ -101,66 +95,6 @@ class ControlTextGuard:
         stop = len(text.rstrip())
         size = next((n for n in self._sizes if text[max(0, stop - n) : stop] in self._tails), 0)
         return max(stop - size, limit), stop
-
-
-def find_contents(
-    rendered: str, skeleton: str, words: Sequence[str], contents: Sequence[str]
-) -> tuple[Span | None, ...]:
-    """Where in `rendered` each of `contents` stands, as (start, stop); all None unless all is certain.
-
-    `skeleton` is the same template's rendering with `words[i]`, unique and found nowhere else, in place of
-    `contents[i]` ("" for a content that was left as it is). The rendering must read exactly as the skeleton
-    with each word replaced by its content, blanks at the content's ends possibly trimmed. If it does, the
-    text at a span *is* that content, and no literal of the template can be taken for it; if it does not
-    anywhere, because the template looked into a content, nothing is claimed. A content that the template
-    dropped, escaped or wrote more than once gets None.
-    """
-    nothing: tuple[Span | None, ...] = (None,) * len(words)
-    index = {word: i for i, word in enumerate(words) if word}
-    literals, order = _cut(skeleton, index)
-    if not rendered.startswith(literals[0]):
-        return nothing
-    position = len(literals[0])
-    spans: dict[int, list[Span]] = {}
-    for i, literal in zip(order, literals[1:], strict=True):
-        size = _matching_size(rendered, position, contents[i], literal)
-        if size is None:
-            return nothing
-        spans.setdefault(i, []).append((position, position + size))
-        position += size + len(literal)
-    if position != len(rendered):
-        return nothing
-    return tuple(_only_verbatim(rendered, spans.get(i, []), content) for i, content in enumerate(contents))
-
-
-def _cut(skeleton: str, index: dict[str, int]) -> tuple[list[str], list[int]]:
-    """The literals of a skeleton, and between each two of them which content stands there."""
-    if not index:
-        return [skeleton], []
-    pieces = re.split(f"({'|'.join(map(re.escape, index))})", skeleton)
-    return pieces[::2], [index[word] for word in pieces[1::2]]
-
-
-def _matching_size(rendered: str, position: int, content: str, literal: str) -> int | None:
-    """The length of `content` as written at `position`, with `literal` behind it; None if it is not there."""
-    for written in _forms(content):
-        if rendered.startswith(written, position) and rendered.startswith(literal, position + len(written)):
-            return len(written)
-    return None
-
-
-def _forms(content: str) -> Iterator[str]:
-    """How templates write a content: in full, trimmed, or (tool results) inside a JSON string."""
-    for left in (content, content.lstrip("\n"), content.lstrip()):
-        yield from (left, left.rstrip("\n"), left.rstrip())
-    yield json.dumps(content, ensure_ascii=False)[1:-1]
-
-
-def _only_verbatim(rendered: str, spans: list[Span], content: str) -> Span | None:
-    """The one span of `content`, if there is one and what stands there is not an escaped form."""
-    if len(spans) != 1 or rendered[slice(*spans[0])].strip() != content.strip():
-        return None
-    return spans[0]
 
 
 def _wrap(text: str, spans: Iterable[Span]) -> str:

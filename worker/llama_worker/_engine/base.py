@@ -22,6 +22,8 @@ from llama_worker._requests import SamplingParams
 
 TokenIds: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
+Mask: TypeAlias = NDArray[np.uint8]
+"""One bit for each token, set where it is allowed: bit i of byte j is token 8j+i; (n_vocab + 7) // 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,10 @@ class AbortFlag(Protocol):
 class Sampler(Protocol):
     """A sampler chain with its state (penalties, RNG). Belongs to one generation."""
 
+    def accept(self, token: int) -> None:
+        """Take note of a token that follows without having been sampled."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -142,11 +148,13 @@ class Engine(Protocol):
         """
         ...
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:
         """Sample and accept the next token from the logits of `row` of the last decode.
 
-        Raises ValueError when that row has no logits, or the last decode did not return OK;
-        GenerationError when the logits are no finite numbers, or no token is left to choose.
+        With a `mask` it is one that the mask allows; the row's logits may be changed, so look at them before.
+        Raises ValueError when that row has no logits, the last decode did not return OK, or the mask is
+        of another vocabulary; GenerationError when the logits are no finite numbers, or no token is left
+        to choose: also when all that the mask allows is banned.
         """
         ...
 

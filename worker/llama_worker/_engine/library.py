@@ -81,6 +81,7 @@ _SHORT_CALLS: Final = (
     "llama_memory_seq_pos_min",
     "llama_memory_seq_rm",
     "llama_sampler_accept",
+    "llama_sampler_apply",
     "llama_sampler_sample",
     "llama_tokenize",
     "llama_token_to_piece",

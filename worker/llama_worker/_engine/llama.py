@@ -24,6 +24,7 @@ from llama_worker._engine.base import (
     EngineLimits,
     Floats,
     LoadedModel,
+    Mask,
     ModelInfo,
     Sampler,
     Span,
@@ -34,11 +35,12 @@ from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
 from llama_worker._engine.library import Library, Pointer, library
 from llama_worker._engine.log import collected_log, error_lines, thread_log
+from llama_worker._engine.masking import Masks, nothing_left
 from llama_worker._engine.progress import current_progress
 from llama_worker._engine.rows import RowScan, require_number
 from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, SamplingVocab
 from llama_worker._engine.vocabulary import LlamaVocabulary
-from llama_worker._errors import ConfigError, GenerationError, ModelLoadError, UnsupportedFeatureError
+from llama_worker._errors import ConfigError, ModelLoadError, UnsupportedFeatureError
 from llama_worker._fitting import fit_to_memory
 from llama_worker._models import read_info, resolve
 from llama_worker._requests import SamplingParams
@@ -92,12 +94,12 @@ class LlamaEngine:
         """See `base.Engine`."""
         return self._require_generator().decode(spans)
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:
         """See `base.Engine`. Raises GenerationError when no token can be chosen."""
         generator = self._require_generator()
         if not isinstance(sampler, LlamaSampler) or sampler.closed or sampler.owner is not generator.samplers:
             raise ValueError("sampler: closed, or not one of this engine's")
-        return generator.sample(row, sampler)
+        return generator.sample(row, sampler) if mask is None else generator.sample_masked(row, sampler, mask)
 
     def logits(self, row: int) -> Floats:
         """See `base.Engine`."""
@@ -223,6 +225,7 @@ class _Generator:
         self._ends = [0] * self.n_seq
         self._rows: dict[int, Floats] = {}
         self._scan = RowScan()
+        self._masks: Masks | None = None  # made when first needed
         self._address = 0
         self._views: list[Floats] = []
         # A device computes on after llama_decode returns. Waiting for it gives the GIL up once more, which a
@@ -263,7 +266,24 @@ class _Generator:
         token: int = self._lib.short.llama_sampler_sample(sampler.pointer, self._context, row)
         require_number(logits[token])
         if token in sampler.banned:
-            raise GenerationError("no token was left to choose; loosen logit_bias, ignore_eos or dry_multiplier")
+            raise nothing_left()
+        return token
+
+    def sample_masked(self, row: int, sampler: LlamaSampler, mask: Mask) -> int:
+        logits = self.logits(row)
+        masks = self._masks = self._masks or Masks(self._lib, self._n_vocab)
+        few = masks.narrow(mask, sampler.permitted(masks))
+        if few is not None and sampler.takes_greatest:
+            return masks.greatest(logits, few)
+        if few is None and sampler.weighs_all:
+            few = masks.everything()
+        if few is not None:
+            return masks.sample(sampler.pointer, logits, few)
+        self._scan.require_finite(logits)
+        masks.apply(logits)
+        token = self.sample(row, sampler)
+        if not masks.leaves(token):
+            raise nothing_left()
         return token
 
     def logits(self, row: int) -> Floats:

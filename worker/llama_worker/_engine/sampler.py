@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llama_worker._engine.base import TokenIds
+from llama_worker._engine.base import Mask, TokenIds
 from llama_worker._engine.library import Library, Pointer
+from llama_worker._engine.masking import Masks
 from llama_worker._errors import InvalidRequestError
 from llama_worker._requests import SamplingParams
 
@@ -43,20 +44,54 @@ class LlamaSampler:
     """A chain and its state. Belongs to one generation and to the engine's thread.
 
     `banned` tokens can only come out when no other token is left. `takes_greatest`: the chain does
-    nothing but find the greatest logit that is not banned. The chain is freed by `close`, or with the last reference.
+    nothing but find the greatest logit that is not banned. `weighs_all`: it computes with the probability of
+    every candidate, which must not be zero. The chain is freed by `close`, or with the last reference.
     """
 
-    __slots__ = ("__weakref__", "_free", "banned", "closed", "owner", "pointer", "takes_greatest")
+    __slots__ = (
+        "__weakref__",
+        "_accept",
+        "_free",
+        "_permitted",
+        "banned",
+        "closed",
+        "owner",
+        "pointer",
+        "takes_greatest",
+        "weighs_all",
+    )
 
-    def __init__(self, owner: SamplerFactory, lib: Library, banned: frozenset[int], *, takes_greatest: bool) -> None:
+    def __init__(
+        self,
+        owner: SamplerFactory,
+        lib: Library,
+        banned: frozenset[int],
+        *,
+        takes_greatest: bool = False,
+        weighs_all: bool = False,
+    ) -> None:
         pointer = lib.api.llama_sampler_chain_init(lib.api.llama_sampler_chain_default_params())
         self.owner = owner
         self.pointer: Pointer = pointer
         self.banned = banned
         self.takes_greatest = takes_greatest
+        self.weighs_all = weighs_all
         self.closed = False
+        self._permitted: Mask | None = None
+        self._accept = lib.short.llama_sampler_accept
         self._free = weakref.finalize(self, lib.api.llama_sampler_free, pointer)
         self._free.atexit = False
+
+    def accept(self, token: int) -> None:
+        """See `base.Sampler`."""
+        if not self.closed:
+            self._accept(self.pointer, token)
+
+    def permitted(self, masks: Masks) -> Mask | None:
+        """Which tokens are not banned; None for all."""
+        if self._permitted is None and self.banned:
+            self._permitted = masks.permitted(self.banned)
+        return self._permitted
 
     def close(self) -> None:
         """Free the chain. Idempotent."""
@@ -82,7 +117,8 @@ class SamplerFactory:
             raise InvalidRequestError("logit_bias", f"<{len(banned)} bans>", "bans every token; leave one")
         reach = _reach(vocab, params)
         greatest = params.temperature < _COLDEST and not reach and len(banned) == len(biases)
-        sampler = LlamaSampler(self, self._lib, banned, takes_greatest=greatest)
+        weighs = params.typical_p < 1 or params.mirostat > 0
+        sampler = LlamaSampler(self, self._lib, banned, takes_greatest=greatest, weighs_all=weighs)
         self._open.add(sampler)
         for link in _links(api, vocab, self._dry, params, biases):
             api.llama_sampler_chain_add(sampler.pointer, link)

@@ -23,6 +23,11 @@ class Detokenizer:
         self._strip = strip_leading_space
         self._tail = b""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is held back."""
+        return not self._tail
+
     def feed(self, token_id: int) -> str:
         """The text that this token completes; often "" in the midst of a character.
 

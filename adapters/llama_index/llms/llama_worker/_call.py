@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from llama_worker import (
     AsyncEventStream,
@@ -14,13 +14,18 @@ from llama_worker import (
     GenerationCancelled,
     LlamaWorker,
     Message,
+    ReasoningDelta,
     Reply,
     StreamEvent,
     TextDelta,
+    ToolCallDelta,
+    ToolCallEnded,
+    ToolCallStarted,
     Usage,
 )
 
 T = TypeVar("T")
+Delta: TypeAlias = TextDelta | ReasoningDelta | ToolCallStarted | ToolCallDelta | ToolCallEnded
 _NOTHING = Finished(reason="cancelled", text="", usage=Usage())
 
 
@@ -53,7 +58,7 @@ class Call:
     async def agenerate(self) -> Reply:
         return await self._connect().agenerate(self._prompt, **self._options)
 
-    def events(self) -> Generator[TextDelta | Reply, None, None]:
+    def events(self) -> Generator[Delta | Reply, None, None]:
         """The deltas, then the whole reply. Raises what the request failed with."""
         worker = self._connect()
         try:
@@ -64,7 +69,7 @@ class Call:
         for event in stream:
             yield self._read(event)
 
-    async def aevents(self) -> AsyncGenerator[TextDelta | Reply, None]:
+    async def aevents(self) -> AsyncGenerator[Delta | Reply, None]:
         worker = self._connect()
         self._stream = stream = self._context.run(lambda: worker.astream(self._prompt, **self._options))
         try:
@@ -78,13 +83,22 @@ class Call:
         if self._stream is not None:
             self._stream.close()
 
-    def _read(self, event: StreamEvent) -> TextDelta | Reply:
+    def _read(self, event: StreamEvent) -> Delta | Reply:
         if isinstance(event, Failed):
             raise event.error
-        return event if isinstance(event, TextDelta) else self._reply(event)
+        return self._reply(event) if isinstance(event, Finished) else event
 
     def _reply(self, end: Finished) -> Reply:
-        return Reply(text=end.text, finish_reason=end.reason, usage=end.usage, model=self._model, logprobs=end.logprobs)
+        return Reply(
+            text=end.text,
+            finish_reason=end.reason,
+            usage=end.usage,
+            model=end.model or self._model,
+            logprobs=end.logprobs,
+            reasoning=end.reasoning,
+            tool_calls=end.tool_calls,
+            invalid_tool_calls=end.invalid_tool_calls,
+        )
 
 
 def owned(chunks: Generator[T, None, None], call: Call) -> Generator[T, None, None]:

@@ -1,23 +1,25 @@
-"""Translations between LlamaIndex's messages and the worker's, all pure."""
+"""LlamaIndex's messages in the worker's words, all pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
-    ChatResponse,
-    CompletionResponse,
+    CitableBlock,
+    CitationBlock,
     ContentBlock,
-    LogProb,
+    DocumentBlock,
     MessageRole,
     TextBlock,
     ThinkingBlock,
+    ToolCallBlock,
 )
+from llama_index.llms.llama_worker._tools import calls_of
 
-from llama_worker import Message, Reply, TextDelta, TokenLogprob, UnsupportedFeatureError
+from llama_worker import Message, ToolCall, UnsupportedFeatureError
 
 _ROLES: dict[MessageRole, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.SYSTEM: "system",
@@ -29,85 +31,71 @@ _ROLES: dict[MessageRole, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.TOOL: "tool",
     MessageRole.FUNCTION: "tool",
 }
+_NOT_SAID = (CachePoint, ThinkingBlock, ToolCallBlock)
+"""Blocks that are no part of a message's text: hints, thoughts, and calls, which go beside it."""
 
 
 def to_core(messages: Sequence[ChatMessage]) -> list[Message]:
-    """LlamaIndex's messages as the worker's. Raises UnsupportedFeatureError for what is not text."""
-    return [_message(message) for message in messages]
+    """LlamaIndex's messages as the worker's.
+
+    Raises UnsupportedFeatureError for what is not text, InvalidRequestError for a tool call that is not whole.
+    """
+    open_calls = _OpenCalls()
+    return [_message(message, open_calls) for message in messages]
 
 
-def _message(message: ChatMessage) -> Message:
-    if message.additional_kwargs.get("tool_calls"):
-        raise UnsupportedFeatureError("a message with tool calls", "leave them out of the history or give them as text")
-    return Message(role=_ROLES[message.role], content=_text(message.blocks), name=message.additional_kwargs.get("name"))
+class _OpenCalls:
+    """The calls of a conversation so far, and which of them nobody has answered yet."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._unanswered: list[str] = []
+
+    def add(self, calls: Iterable[ToolCall]) -> None:
+        for call in calls:
+            self._names[call.id] = call.name
+            self._unanswered.append(call.id)
+
+    def answer(self, call_id: str | None) -> tuple[str | None, str | None]:
+        """The id and the name of the call that a result is for. A result that does not say it is for the oldest."""
+        known = call_id or next(iter(self._unanswered), None)
+        if known in self._unanswered:
+            self._unanswered.remove(known)
+        return known, self._names.get(known or "")
+
+
+def _message(message: ChatMessage, open_calls: _OpenCalls) -> Message:
+    role, text, name = _ROLES[message.role], _text(message.blocks), message.additional_kwargs.get("name")
+    if role == "tool":
+        # LlamaIndex tells a result's call by its id alone, and there are templates that want the name.
+        call_id, called = open_calls.answer(message.additional_kwargs.get("tool_call_id"))
+        return Message(role=role, content=text, name=name or called, tool_call_id=call_id)
+    if role != "assistant":
+        return Message(role=role, content=text, name=name)
+    calls = tuple(call.core for call in calls_of(message))
+    open_calls.add(calls)
+    return Message(role=role, content=text, name=name, reasoning=_reasoning(message.blocks), tool_calls=calls)
+
+
+def _reasoning(blocks: Iterable[ContentBlock]) -> str | None:
+    return "\n".join(block.content for block in blocks if isinstance(block, ThinkingBlock) and block.content) or None
 
 
 def _text(blocks: Iterable[ContentBlock]) -> str:
-    # Joined as ChatMessage.content joins. Cache points are hints, and old thoughts no part of the conversation.
-    return "\n".join(_block_text(block) for block in blocks if not isinstance(block, CachePoint | ThinkingBlock))
+    # Joined as ChatMessage.content joins.
+    return "\n".join(_block_text(block) for block in blocks if not isinstance(block, _NOT_SAID))
 
 
 def _block_text(block: ContentBlock) -> str:
-    if not isinstance(block, TextBlock):
-        raise UnsupportedFeatureError(f"a {block.block_type} block", "this model reads text; send text blocks only")
-    return block.text
-
-
-def chat_response(reply: Reply) -> ChatResponse:
-    return ChatResponse(message=_answer(reply.text), raw=_raw(reply), logprobs=_logprobs(reply.logprobs))
-
-
-def completion_response(reply: Reply) -> CompletionResponse:
-    return CompletionResponse(text=reply.text, raw=_raw(reply), logprobs=_logprobs(reply.logprobs))
-
-
-class Transcript:
-    """Turns the events of one stream into chunks, which carry the text so far and what is new in it.
-
-    `logprobs` of a chunk belong to its delta. The last chunk has no new text and is the whole reply,
-    with `raw` and all logprobs.
-    """
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def chat(self, event: TextDelta | Reply) -> ChatResponse:
-        if isinstance(event, Reply):
-            return chat_response(event).model_copy(update={"delta": ""})
-        self._text += event.text
-        return ChatResponse(message=_answer(self._text), delta=event.text, logprobs=_logprobs(event.logprobs))
-
-    def completion(self, event: TextDelta | Reply) -> CompletionResponse:
-        if isinstance(event, Reply):
-            return completion_response(event).model_copy(update={"delta": ""})
-        self._text += event.text
-        return CompletionResponse(text=self._text, delta=event.text, logprobs=_logprobs(event.logprobs))
-
-
-def _answer(text: str) -> ChatMessage:
-    return ChatMessage(role=MessageRole.ASSISTANT, content=text)
-
-
-def _raw(reply: Reply) -> dict[str, Any]:
-    # TokenCountingHandler reads `usage` under these names, and guesses with another tokenizer without them.
-    usage = {
-        "prompt_tokens": reply.usage.prompt_tokens,
-        "completion_tokens": reply.usage.completion_tokens,
-        "total_tokens": reply.usage.total_tokens,
-        "cached_tokens": reply.usage.cached_tokens,
-    }
-    return {"model": reply.model, "finish_reason": reply.finish_reason, "usage": usage}
-
-
-def _logprobs(entries: Sequence[TokenLogprob]) -> list[list[LogProb]] | None:
-    """For each token the sampled one, then the likeliest others; None when none were asked for."""
-    return [_alternatives(entry) for entry in entries] or None
-
-
-def _alternatives(entry: TokenLogprob) -> list[LogProb]:
-    others = [(text, logprob) for token, text, logprob in entry.top if token != entry.token]
-    return [_logprob(text, logprob) for text, logprob in [(entry.text, entry.logprob), *others]]
-
-
-def _logprob(text: str, logprob: float) -> LogProb:
-    return LogProb(token=text, logprob=logprob, bytes=list(text.encode("utf-8", "surrogatepass")))
+    match block:
+        case TextBlock():
+            return block.text
+        case CitableBlock():
+            return _text(block.content)
+        case CitationBlock():
+            return _block_text(block.cited_content)
+        case DocumentBlock(data=bytes()) if (block.document_mimetype or "").startswith("text/"):
+            return str(block.resolve_document().read().decode("utf-8", "replace"))
+        case DocumentBlock():
+            raise UnsupportedFeatureError("a document block", "give its data and a text document_mimetype, or its text")
+    raise UnsupportedFeatureError(f"a {block.block_type} block", "this model reads text; send text blocks only")

@@ -17,36 +17,32 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.llms.llama_worker._call import Call, aowned, owned
 from llama_index.llms.llama_worker._component import WorkerComponent
-from llama_index.llms.llama_worker._messages import Transcript, chat_response, completion_response, to_core
+from llama_index.llms.llama_worker._errors import UnusableReply
+from llama_index.llms.llama_worker._keywords import worker_keywords
+from llama_index.llms.llama_worker._messages import to_core
 from llama_index.llms.llama_worker._observed import (
     aobserved_chat,
     aobserved_completion,
     observed_chat,
     observed_completion,
 )
+from llama_index.llms.llama_worker._prediction import PredictingLLM
+from llama_index.llms.llama_worker._react import REACT_STOP, teaches_react
+from llama_index.llms.llama_worker._replies import Transcript, chat_response, completion_response
 from llama_index.llms.llama_worker._tokenizer import Tokenizer
-from pydantic import ConfigDict
+from llama_index.llms.llama_worker._tools import calls_of, only_first_call, openai_tool, wanted_choice
+from pydantic import ConfigDict, Field
 
-from llama_worker import Message, SamplingParams, UnsupportedFeatureError
+from llama_worker import InvalidRequestError, Message, SamplingParams, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
-# What LlamaIndex passes to models that call tools, and the values that ask for nothing.
-_FORBIDDEN = {
-    "tools": "call the model without tools, or use a ReActAgent, which describes them in the prompt",
-    "tool_choice": "call the model without tools",
-    "response_format": "ask for the format in the prompt and parse the reply",
-    "grammar": "ask for the format in the prompt and parse the reply",
-}
-_NOTHING: tuple[object, ...] = (None, [], (), {}, "auto", "none")
 
-
-class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
+class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     """A chat model on a llama.cpp worker thread of this process.
 
     ```python
@@ -56,8 +52,17 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
 
     Keywords: all fields of ModelConfig (or `worker`), WorkerConfig and SamplingParams, `timeout`, and
     those of every LlamaIndex LLM. `messages_to_prompt` and `completion_to_prompt`, where given, replace
-    the model's own chat template. Each call takes the fields of SamplingParams and `timeout`; an unknown
-    keyword raises InvalidRequestError.
+    the model's own chat template. `enable_thinking` and `reasoning_budget` are those of GenerationRequest.
+    `react_stop`: end a chat without tools where the model would write "Observation:", which is the agent's
+    to say; None does so where the first message teaches the format, as a ReActAgent's does.
+
+    Each call takes the fields of SamplingParams and of GenerationRequest (`tools`, in LlamaIndex's or OpenAI's
+    form, `tool_choice`, `parallel_tool_calls`, `response_format`, `timeout`, …) and `grammar`, which is GBNF; an
+    unknown keyword raises InvalidRequestError. Tools, choices and formats are enforced while it is sampled.
+
+    Blocks of a reply come as thought, text, calls. A ToolCallBlock is a complete and valid call; one that was
+    cut off is only named in `raw["invalid_tool_calls"]`. In a stream the call that is being written stands in
+    `message.additional_kwargs["tool_calls"]`, and what is new of a thought in `additional_kwargs["thinking_delta"]`.
 
     Constructing it loads nothing. Async methods are native; none uses an executor. Closing or leaving a
     stream cancels its request, and so does the cancellation of a task. `llama_worker.cancel_scope` also
@@ -73,7 +78,10 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
         stop: Any = ()
         logit_bias: Any = ()
 
-    is_function_calling_model: bool = False
+    is_function_calling_model: bool = True
+    enable_thinking: bool | None = None
+    reasoning_budget: int | None = Field(default=None, ge=0, le=2**24)
+    react_stop: bool | None = None
 
     @classmethod
     def class_name(cls) -> str:
@@ -167,10 +175,14 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """None: this version of the model calls no tools."""
-        if error_on_no_tool_call:
-            raise UnsupportedFeatureError("tool calling", _FORBIDDEN["tools"])
-        return []
+        """The calls of a response, of a stream's chunk too, where the last may have but the beginning of its arguments.
+
+        Raises UnusableReply if there is none and `error_on_no_tool_call`.
+        """
+        calls = [call.selection for call in calls_of(response.message)]
+        if error_on_no_tool_call and not calls:
+            raise UnusableReply(f"the reply calls no tool: {_why_none(response)}")
+        return calls
 
     def _prepare_chat_with_tools(
         self,
@@ -180,23 +192,45 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
         verbose: bool = False,
         allow_parallel_tool_calls: bool = False,
         tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if tools or tool_required:
-            raise UnsupportedFeatureError("tool calling", _FORBIDDEN["tools"])
+        """The arguments of `chat` that let the model call, or make it call, these tools."""
         messages = list(chat_history or ())
         if user_msg is not None:
-            message = ChatMessage(user_msg, role=MessageRole.USER) if isinstance(user_msg, str) else user_msg
-            messages.append(message)
-        return {"messages": messages, **kwargs}
+            messages.append(ChatMessage(user_msg, role=MessageRole.USER) if isinstance(user_msg, str) else user_msg)
+        choice = wanted_choice(tool_choice, required=tool_required)
+        if not tools and choice in ("auto", "none"):
+            return {"messages": messages, **kwargs}
+        asked = {
+            "tools": [openai_tool(tool) for tool in tools],
+            "tool_choice": choice,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+        }
+        return {"messages": messages, **asked, **kwargs}
+
+    def _validate_chat_with_tools_response(
+        self, response: ChatResponse, tools: Sequence[BaseTool], allow_parallel_tool_calls: bool = False, **kwargs: Any
+    ) -> ChatResponse:
+        """One call where one was allowed. Ours hold to that already, those of a subclass may not."""
+        if allow_parallel_tool_calls:
+            return response
+        return response.model_copy(update={"message": only_first_call(response.message)})
 
     def _chat_call(self, messages: Sequence[ChatMessage], keywords: Mapping[str, Any]) -> Call:
-        own = self.messages_to_prompt
+        own, stops = self.messages_to_prompt, self._stops(messages, keywords)
         if own is None or own is generic_messages_to_prompt:
-            return self._call(to_core(messages), keywords)
-        return self._call(own(messages), keywords)
+            return self._call(to_core(messages), keywords, stops)
+        return self._call(own(messages), keywords, stops)
+
+    def _stops(self, messages: Sequence[ChatMessage], keywords: Mapping[str, Any]) -> tuple[str, ...]:
+        """What ends this chat beside its own stops."""
+        wanted = teaches_react(messages) if self.react_stop is None else self.react_stop
+        return (REACT_STOP,) if wanted and not keywords.get("tools") else ()
 
     def _completion_call(self, prompt: str, formatted: bool, keywords: Mapping[str, Any]) -> Call:
+        if keywords.get("tools"):
+            raise UnsupportedFeatureError("tools in a completion", "its response cannot carry calls; use chat")
         own = self.completion_to_prompt
         if formatted:
             return self._call(prompt, keywords)
@@ -204,17 +238,24 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, FunctionCallingLLM):
             return self._call([Message(role="user", content=prompt)], keywords)
         return self._call(own(prompt), keywords)
 
-    def _call(self, prompt: str | Sequence[Message], keywords: Mapping[str, Any]) -> Call:
+    def _call(self, prompt: str | Sequence[Message], keywords: Mapping[str, Any], stops: tuple[str, ...] = ()) -> Call:
         """One request with the keywords of one call. Raises RequestError for what cannot be meant."""
-        changes = {**keywords}
-        timeout = changes.pop("timeout", self.timeout)
-        for name in _FORBIDDEN.keys() & changes:
-            if changes.pop(name) not in _NOTHING:
-                raise UnsupportedFeatureError(name, _FORBIDDEN[name])
-        fields = {name: getattr(self, name) for name in SamplingParams.model_fields}
-        params = SamplingParams(**{**fields, **changes})
-        model = self._served()[0].name
-        return Call(self._connect, model, prompt, {"timeout": timeout, **params.model_dump()})
+        names = (*SamplingParams.model_fields, "timeout", *(_THINKING if not isinstance(prompt, str) else ()))
+        asked = worker_keywords(keywords, {name: getattr(self, name) for name in names})
+        if isinstance(prompt, str) and asked.get("tools"):
+            raise InvalidRequestError("tools", "a raw prompt", "only the chat template can render them; leave one out")
+        asked["stop"] = (*asked["stop"], *(stop for stop in stops if stop not in asked["stop"]))
+        return Call(self._connect, self._served()[0].name, prompt, asked)
+
+
+_THINKING = ("enable_thinking", "reasoning_budget")
+
+
+def _why_none(response: ChatResponse) -> str:
+    raw = response.raw if isinstance(response.raw, Mapping) else {}
+    if raw.get("finish_reason") == "length":
+        return "it was cut off; allow more max_tokens"
+    return "the model answered by text; force a call with tool_required=True or tool_choice"
 
 
 def _required(prompt: str | None) -> str:

@@ -1,0 +1,167 @@
+"""Tools between LangChain and the worker: what may be called, what must be, what the text must be. All pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
+
+from llama_worker import InvalidRequestError, ResponseFormat, ToolChoice, ToolName, ToolSpec
+
+_FORMS = "give a BaseTool, a function, a pydantic class, a TypedDict, or a dict of OpenAI's form"
+# What LangChain and pydantic raise for what has no schema; a RecursionError is a RuntimeError.
+_UNUSABLE = (ValueError, TypeError, KeyError, RuntimeError)
+_SCHEMAS = "give a pydantic class, a TypedDict, a JSON schema or a tool of OpenAI's form"
+
+
+def openai_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
+    """Any of LangChain's forms of a tool in OpenAI's. Raises InvalidRequestError for what is none.
+
+    Unlike LangChain's own conversion it keeps a schema that refers to itself: LangChain leaves such places open.
+    """
+    if isinstance(tool, ToolSpec):
+        tool = {"type": "function", "function": tool.model_dump(exclude_none=True)}
+    try:
+        converted, own = convert_to_openai_tool(tool, strict=strict), _own_schema(tool)
+        whole = {"parameters": _unfolded(own)} if own is not None and _is_recursive(own) else {}
+    except _UNUSABLE as exc:
+        raise InvalidRequestError("tools", type(tool).__name__, _FORMS) from exc
+    function = converted.get("function") or {key: value for key, value in converted.items() if key != "type"}
+    if converted.get("type") != "function" or "name" not in function:
+        raise InvalidRequestError("tools", converted.get("type"), f"not a function that runs here; {_FORMS}")
+    asked = {} if strict is None else {"strict": strict}
+    return {"type": "function", "function": {**function, **whole, **asked}}
+
+
+def _own_schema(tool: Any) -> dict[str, Any] | None:
+    """The JSON schema that a tool has by itself."""
+    schema: Any = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        schema = schema.model_json_schema()
+    return schema if isinstance(schema, dict) and {"properties", "$ref"} & set(schema) else None
+
+
+def _unfolded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, but an object at the root: templates look for its properties there."""
+    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    root = schema.get("$defs", {}).get(name)
+    return schema if root is None else {**root, **{key: value for key, value in schema.items() if key != "$ref"}}
+
+
+def _is_recursive(schema: Mapping[str, Any]) -> bool:
+    definitions = {f"#/{key}/{name}": d for key in ("$defs", "definitions") for name, d in schema.get(key, {}).items()}
+    refers = {name: set(_references(definition)) for name, definition in definitions.items()}
+    reached = set(refers)
+    while reached:  # take away what refers to nothing that is left: a circle stays
+        ends = {name for name in reached if not refers[name] & reached}
+        if not ends:
+            return True
+        reached -= ends
+    return "#" in _references(schema)
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
+
+
+def core_tools(tools: Iterable[Any] | None, *, strict: bool | None = None) -> tuple[ToolSpec, ...]:
+    """Tools as the worker takes them. Raises InvalidRequestError."""
+    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable | None):
+        raise InvalidRequestError("tools", type(tools).__name__, "give a list of tools")
+    return tuple(ToolSpec.model_validate(openai_tool(tool, strict=strict)) for tool in tools or ())
+
+
+def core_choice(choice: object) -> ToolChoice | None:
+    """A tool_choice in any of the known forms; None if it leaves it to the model's own default.
+
+    None and False say nothing. "any" and True are "required". Another text is the name of a tool, and so is what
+    a dict of OpenAI's or Anthropic's form names. Raises InvalidRequestError.
+    """
+    match choice:
+        case None | False:
+            return None
+        case True | "any" | "required":
+            return "required"
+        case "auto" | "none":
+            return cast("ToolChoice", choice)
+        case str() as name:
+            return ToolName(name=name)
+        case ToolName():
+            return choice
+        case {"function": {"name": str() as name}} | {"name": str() as name}:
+            return ToolName(name=name)
+        case {"type": "auto" | "none" | "any" | "required" as kind}:
+            return core_choice(kind)
+    raise InvalidRequestError("tool_choice", choice, "it is auto, none, any, required, a bool, or names a tool")
+
+
+def core_format(wanted: Any, *, strict: bool | None = None) -> ResponseFormat | None:
+    """A response_format in OpenAI's form, a ResponseFormat, or a class whose objects are wanted; None for any text."""
+    if wanted is None or (isinstance(wanted, Mapping) and wanted.get("type") == "text"):
+        return None
+    if isinstance(wanted, ResponseFormat):
+        return wanted
+    if isinstance(wanted, type):
+        return ResponseFormat(type="json_schema", json_schema=json_schema(wanted), strict=strict)
+    if not isinstance(wanted, Mapping):
+        raise InvalidRequestError("response_format", type(wanted).__name__, "give a dict of OpenAI's form, or a class")
+    return ResponseFormat.model_validate({**wanted, **({} if strict is None else {"strict": strict})})
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of what LangChain takes for one, with its definitions. Raises InvalidRequestError."""
+    if isinstance(schema, Mapping):
+        return dict(_inner_schema(schema))
+    try:
+        if isinstance(schema, type) and is_basemodel_subclass(schema):
+            model: Any = schema
+            return cast(
+                "dict[str, Any]", model.model_json_schema() if issubclass(schema, BaseModel) else model.schema()
+            )
+        return convert_to_json_schema(schema)
+    except _UNUSABLE as exc:
+        raise InvalidRequestError("schema", type(schema).__name__, _SCHEMAS) from exc
+
+
+def _class_schema(cls: Any) -> dict[str, Any]:
+    """Of a class of either pydantic."""
+    return cast("dict[str, Any]", cls.model_json_schema() if issubclass(cls, BaseModel) else cls.schema())
+
+
+def _inner_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A JSON schema is its own; tools of OpenAI's or Anthropic's form and response formats have one inside."""
+    for outer in ("function", "json_schema"):
+        if isinstance(schema.get(outer), Mapping):
+            return _inner_schema(schema[outer])
+    for inner in ("parameters", "input_schema", "schema"):
+        if "name" in schema and isinstance(schema.get(inner), Mapping):
+            return cast("Mapping[str, Any]", schema[inner])
+    return schema
+
+
+def schema_name(schema: Any) -> str:
+    """What a schema is called, for it to be a tool."""
+    if not isinstance(schema, Mapping):
+        return str(getattr(schema, "__name__", None) or getattr(schema, "name", "answer"))
+    inner = next((schema[key] for key in ("function", "json_schema") if isinstance(schema.get(key), Mapping)), schema)
+    return str(inner.get("name") or inner.get("title") or "answer")
+
+
+def schema_tool(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
+    """A tool whose arguments are what `schema` describes."""
+    if isinstance(schema, Mapping):
+        parameters = json_schema(schema)
+        told = {"name": schema_name(schema), "description": str(parameters.get("description", ""))}
+        schema = {**told, "parameters": parameters}
+    return openai_tool(schema, strict=strict)

@@ -1,0 +1,47 @@
+"""Keywords of one call: which are sampling parameters, which the request's, and what they mean. All pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_index.llms.llama_worker._tools import core_choice, core_tools
+
+from llama_worker import GenerationRequest, InvalidRequestError, ResponseFormat, SamplingParams
+
+_REQUEST = frozenset(GenerationRequest.model_fields) - {"messages", "prompt", "params"}
+_OPTIONAL = _REQUEST - {"timeout"} | {"grammar"}
+"""Keywords for which None says nothing. LlamaIndex passes `tool_choice=None` for one."""
+
+
+def worker_keywords(keywords: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What LlamaWorker.generate takes, from a call's `keywords` and the LLM's `fields` where it gives none.
+
+    Raises InvalidRequestError for a name that nobody knows and a value that cannot be meant.
+    """
+    given = {name: value for name, value in keywords.items() if value is not None or name not in _OPTIONAL}
+    merged = {**fields, **given}
+    request = {name: value for name, value in merged.items() if name in _OPTIONAL and value is not None}
+    sampling = SamplingParams(**{name: value for name, value in merged.items() if name not in _REQUEST | {"grammar"}})
+    return {"timeout": merged.get("timeout"), **sampling.model_dump(), **_meant(request)}
+
+
+def _meant(request: dict[str, Any]) -> dict[str, Any]:
+    """The request's keywords in the worker's own forms."""
+    if "tools" in request:
+        request["tools"] = core_tools(request["tools"])
+    if "tool_choice" in request:
+        request["tool_choice"] = core_choice(request["tool_choice"])
+    return _with_format(request)
+
+
+def _with_format(request: dict[str, Any]) -> dict[str, Any]:
+    """`grammar` is GBNF, as everywhere around llama.cpp; {"type": "text"} is OpenAI's way to ask for nothing."""
+    grammar, asked = request.pop("grammar", None), request.pop("response_format", None)
+    if isinstance(asked, Mapping) and asked.get("type") == "text":
+        asked = None
+    if grammar is not None and asked is not None:
+        raise InvalidRequestError("grammar", grammar, "response_format is given too; leave one of them out")
+    if grammar is not None:
+        asked = ResponseFormat(type="gbnf", grammar=grammar)
+    return request if asked is None else {**request, "response_format": asked}

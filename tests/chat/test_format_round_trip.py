@@ -1,0 +1,138 @@
+"""What a template renders for past calls is read back as these calls, whatever their names and arguments."""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_worker._chat.analysis import format_of
+from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.marks import whole_prefix
+from llama_worker._chat.parser import OutputParser
+from llama_worker._chat.template import ChatTemplate
+from llama_worker._events import ToolCallEnded
+from llama_worker._requests import Message, ToolCall, ToolSpec
+from tests.chat.templates import shipped_templates
+
+TODAY = date(2026, 1, 31)
+_ASKED = Message(role="user", content="Do it.")
+
+# Arguments as JSON: name first or last, ids, numbers, arrays, keyed by the name, no mark at all.
+WITH_JSON = (
+    "Qwen-Qwen2.5-7B-Instruct",
+    "Qwen-Qwen3-0.6B",
+    "Apertus-8B-Instruct",
+    "Kimi-K2-Thinking",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "Mistral-Small-3.2-24B-Instruct-2506",
+    "meta-llama-Llama-3.1-8B-Instruct",
+    "deepseek-ai-DeepSeek-V3.1",
+    "upstage-Solar-Open-100B",
+    "fireworks-ai-llama-3-firefunction-v2",
+    "google-gemma-2-2b-it",
+)
+# Arguments one by one, and what is not text as JSON.
+WITH_TAGS = (
+    "GLM-4.6",
+    "GLM-4.7-Flash",
+    "deepseek-ai-DeepSeek-V3.2",
+    "deepseek-ai-DeepSeek-V4",
+    "Kimi-K3",
+    "inclusionai-ling-3.0-flash",
+    "MiniMax-M2",
+    "openbmb-MiniCPM5-1B",
+    "LFM2-8B-A1B",
+)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
+    ['"', "'", "<", ">", "</x>", "\n", "\\", "{}", "[TOOL", "&amp;", "ünï", "\u2028", "🙂", "", " ", "null", "7", "```"]
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+names = st.from_regex(r"[A-Za-z_][\w.-]{0,20}", fullmatch=True)
+words = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,10}", fullmatch=True)
+
+
+def read_back(template: ChatTemplate, tools: list[ToolSpec], calls: list[ToolCall]) -> list[tuple[str, Any]]:
+    """Name and arguments of each call that the parser finds in what the template renders for `calls`."""
+    format = format_of(template)
+    prompt = template.lay_out([_ASKED], tools=tools, format=format, today=TODAY).text
+    said = Message(role="assistant", content="", tool_calls=tuple(calls))
+    whole = template.lay_out([_ASKED, said], tools=tools, format=format, add_generation_prompt=False, today=TODAY).text
+    before = whole_prefix(whole, prompt)
+    return parsed(format, tools, before, whole[len(before) :])
+
+
+def parsed(format: ChatFormat, tools: list[ToolSpec], prompt: str, reply: str) -> list[tuple[str, Any]]:
+    numbers = count()
+    parser = OutputParser(
+        format,
+        tools,
+        calls=True,
+        in_reasoning=format.reasoning is not None and prompt.rstrip().endswith(format.reasoning.open),
+        new_id=lambda: f"id{next(numbers)}",
+    )
+    ended = [event.call for event in (*parser.feed(reply), *parser.flush()) if isinstance(event, ToolCallEnded)]
+    return [(call.name, call.arguments) for call in ended]
+
+
+def specs_of(calls: list[ToolCall]) -> list[ToolSpec]:
+    """A tool for each name, whose schema says of each argument what it is."""
+    found: dict[str, dict[str, Any]] = {}
+    for call in calls:
+        found.setdefault(call.name, {}).update({key: {"type": _type(value)} for key, value in call.arguments.items()})
+    return [
+        ToolSpec(name=name, description="a tool", parameters={"type": "object", "properties": properties})
+        for name, properties in found.items()
+    ]
+
+
+def _type(value: object) -> str:
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+    return kinds.get(type(value), "null")
+
+
+def calls_of(arguments: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[list[ToolCall]]:
+    one = st.tuples(names, arguments)
+    return st.lists(one, min_size=1, max_size=2, unique_by=lambda call: call[0]).map(
+        lambda made: [ToolCall(id=f"call0000{i}", name=name, arguments=given) for i, (name, given) in enumerate(made)]
+    )
+
+
+def at_most(calls: list[ToolCall], format: ChatFormat) -> list[ToolCall]:
+    several = format.calls is not None and format.calls.separator is not None
+    return calls if several else calls[:1]
+
+
+counted = settings(
+    max_examples=400 if os.environ.get("LLAMA_WORKER_PROOF") else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@pytest.mark.parametrize("name", WITH_JSON)
+@counted
+@given(calls=calls_of(st.dictionaries(texts.filter(str.strip), json_values, max_size=3)))
+def test_calls_with_json_come_back(name: str, calls: list[ToolCall]) -> None:
+    template = shipped_templates()[name]
+    calls = at_most(calls, format_of(template))
+    assert read_back(template, specs_of(calls), calls) == [(call.name, call.arguments) for call in calls]
+
+
+@pytest.mark.parametrize("name", WITH_TAGS)
+@counted
+@given(calls=calls_of(st.dictionaries(words, texts | st.integers() | st.lists(json_values, max_size=2), max_size=3)))
+def test_tagged_calls_come_back(name: str, calls: list[ToolCall]) -> None:
+    template = shipped_templates()[name]
+    assert read_back(template, specs_of(calls), calls) == [(call.name, call.arguments) for call in calls]

@@ -1,0 +1,94 @@
+"""write_calls: calls as the text that a model would write, the inverse of what the parser reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llama_worker._chat.format import CallSyntax, Slot, Tagged
+from llama_worker._chat.parameters import json_type, nullable_parameters, text_parameters
+from llama_worker._requests import ToolCall, ToolSpec
+
+_NO_ID = re.compile(r"[^A-Za-z0-9_.:-]")
+
+
+def write_calls(syntax: CallSyntax, calls: Sequence[ToolCall], tools: Sequence[ToolSpec]) -> str:
+    """The text of `calls`, with what stands before and after them; "" for none.
+
+    `tools` say which arguments are text where that is not written in the call; a tool that is not among them
+    has its strings written as text. A string that contains the text that would end it cannot be read back.
+    Where the syntax knows one call a turn, several stand one after another.
+    """
+    known = {tool.name: tool for tool in tools}
+    written = [_write(syntax, call, index, known.get(call.name)) for index, call in enumerate(calls)]
+    if not written:
+        return ""
+    between = syntax.section_close + syntax.section_open if syntax.separator is None else syntax.separator
+    return syntax.section_open + between.join(written) + syntax.section_close
+
+
+def name_in(syntax: CallSyntax, name: str) -> str:
+    """How `name` stands in a call: escaped, where it stands in a JSON string."""
+    at = syntax.call.index(Slot.NAME)
+    before = syntax.call[at - 1] if at else syntax.section_open
+    return _inner(name) if isinstance(before, str) and before.endswith('"') else name
+
+
+def string_is_open(syntax: CallSyntax) -> bool:
+    """For arguments as a "json_string": the quotes around it are written in the parts beside it, not by the slot."""
+    at = syntax.call.index(Slot.ARGUMENTS)
+    before = syntax.call[at - 1] if at else syntax.section_open
+    return isinstance(before, str) and before.endswith('"')
+
+
+def _write(syntax: CallSyntax, call: ToolCall, index: int, tool: ToolSpec | None) -> str:
+    words = {
+        Slot.NAME: lambda: name_in(syntax, call.name),
+        Slot.ID: lambda: _NO_ID.sub("_", call.id) or f"call_{index}",
+        Slot.INDEX: lambda: str(index),
+        Slot.ARGUMENTS: lambda: _arguments(syntax, call.arguments, tool),
+    }
+    return "".join(part if isinstance(part, str) else words[part]() for part in syntax.call)
+
+
+def _arguments(syntax: CallSyntax, arguments: dict[str, Any], tool: ToolSpec | None) -> str:
+    if isinstance(syntax.arguments, Tagged):
+        return _tagged(syntax.arguments, arguments, tool)
+    text = _json(arguments)
+    if syntax.arguments == "json":
+        return text
+    return _inner(text) if string_is_open(syntax) else _json(text)
+
+
+def _tagged(syntax: Tagged, arguments: dict[str, Any], tool: ToolSpec | None) -> str:
+    return syntax.between.join(
+        _argument(syntax, key, value, is_text=_is_text(syntax, key, value, tool)) for key, value in arguments.items()
+    )
+
+
+def _is_text(syntax: Tagged, key: str, value: object, tool: ToolSpec | None) -> bool:
+    """A string that the schema knows; or one that it does not know, where a string is told by how it is written."""
+    if syntax.json_strings or not isinstance(value, str | None):
+        return False
+    if tool is None or key not in tool.parameters.get("properties", {}):
+        return isinstance(value, str) and (tool is None or syntax.string_open != syntax.value_open)
+    return key in (nullable_parameters(tool) if value is None else text_parameters(tool))
+
+
+def _argument(syntax: Tagged, key: str, value: object, *, is_text: bool) -> str:
+    again = "" if syntax.key_again is None else key + syntax.key_again
+    if is_text:
+        text = value if isinstance(value, str) else _json(value)
+        return f"{syntax.key_open}{key}{syntax.string_open}{text}{syntax.string_close}{again}"
+    kind = "" if syntax.type_close is None else json_type(value) + syntax.type_close
+    return f"{syntax.key_open}{key}{syntax.value_open}{kind}{_json(value)}{syntax.value_close}{again}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _inner(text: str) -> str:
+    return _json(text)[1:-1]

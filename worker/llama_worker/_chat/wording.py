@@ -1,0 +1,36 @@
+"""Wording: how tools, calls and results are written into messages for templates that do not render them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_worker._chat.calls import write_calls
+from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.generic import GENERIC_CALLS, describe_tools
+from llama_worker._requests import ToolCall, ToolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """`tools`: the tools as a part of the system message. `calls`: the calls of a turn (in OpenAI's form) as text.
+    `result`: the result of a call as the message of a user."""
+
+    tools: str
+    calls: Callable[[list[dict[str, Any]]], str]
+    result: Callable[[str], str]
+
+
+def wording_of(format: ChatFormat | None, tools: Sequence[ToolSpec]) -> Wording:
+    """Calls as `format` writes them; without one, as the Hermes models do."""
+    syntax = GENERIC_CALLS if format is None or format.calls is None else format.calls
+
+    def calls_text(calls: list[dict[str, Any]]) -> str:
+        return write_calls(syntax, [ToolCall.model_validate(call) for call in calls], tools)
+
+    return Wording(tools=describe_tools(tools, syntax), calls=calls_text, result=_result_text)
+
+
+def _result_text(text: str) -> str:
+    return f"<tool_response>\n{text}\n</tool_response>"

@@ -1,0 +1,84 @@
+"""The text of a reply as `response_format` wants it, as rules."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from llama_worker._constraint.rules import Check, Given, Json, Node, Plain, Schema, Span, either
+from llama_worker._constraint.schema import read_schema
+from llama_worker._errors import InvalidRequestError
+from llama_worker._requests import ResponseFormat
+
+_MOST_CHARACTERS: Final = 256 << 10
+_NAME: Final = "answer"
+
+
+_FIELDS: Final[dict[str, str]] = {
+    "json_object": "response_format",
+    "json_schema": "response_format.json_schema",
+    "regex": "response_format.regex",
+    "choice": "response_format.choices",
+    "lark": "response_format.grammar",
+    "gbnf": "response_format.grammar",
+}
+
+
+class Answer:
+    """What the text must be; `field` is where the caller said so. Raises InvalidRequestError."""
+
+    def __init__(self, wanted: ResponseFormat) -> None:
+        self._wanted = wanted
+        self.field = _FIELDS[wanted.type]
+        self.rules: list[tuple[str, Node]] = []
+        self.schemas: list[tuple[str, Schema]] = []
+        self.checks: list[Check] = []
+        for text in (wanted.regex, wanted.grammar):
+            if text is not None and len(text) > _MOST_CHARACTERS:
+                raise InvalidRequestError(self.field, text, f"longer than {_MOST_CHARACTERS} characters; shorten it")
+        if wanted.type in ("json_object", "json_schema"):
+            self._read_schema()
+
+    def _read_schema(self) -> None:
+        given = self._wanted.json_schema if self._wanted.type == "json_schema" else {"type": "object"}
+        schema = read_schema(given, self.field, strict=bool(self._wanted.strict))
+        self.schemas.append((_NAME, schema))
+        self.checks.append(Check(tool=None, schema=schema, parts=(_NAME,)))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its schemas."""
+        return tuple(name for name, _ in self.schemas)
+
+    @property
+    def schema(self) -> Schema:
+        """That of the answer, if it is JSON."""
+        return self.schemas[0][1]
+
+    def become(self, schema: Schema) -> None:
+        """Have `schema` compiled, of which the answer is one of several values."""
+        self.schemas = [(_NAME, schema)]
+
+    def node(self, unless: tuple[str, ...]) -> Node:
+        """The text; it does not begin with any of `unless`, which would be no text."""
+        wanted = self._wanted
+        match wanted.type:
+            case "json_object" | "json_schema":
+                return Json(_NAME)
+            case "regex":
+                return Span(patterns=(_unanchored(wanted.regex or ""),), unless=unless)
+            case "choice":
+                return either(*(Plain(text) for text in self._choices(unless)))
+            case "lark" | "gbnf" as kind:
+                return Given(kind, wanted.grammar or "")
+
+    def _choices(self, unless: tuple[str, ...]) -> list[str]:
+        texts = list(dict.fromkeys(self._wanted.choices or ()))
+        if sum(map(len, texts)) > _MOST_CHARACTERS:
+            raise InvalidRequestError(self.field, texts, f"over {_MOST_CHARACTERS} characters together; give fewer")
+        return texts
+
+
+def _unanchored(regex: str) -> str:
+    """It always is the whole text that must match, so anchors at both ends say nothing new."""
+    ends = regex.endswith("$") and not regex.endswith("\\$")
+    return regex[regex.startswith("^") : len(regex) - ends]

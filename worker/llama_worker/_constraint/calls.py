@@ -1,0 +1,117 @@
+"""The calls of one turn, as rules: the parts of the template's CallSyntax, one after another."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from llama_worker._chat.calls import name_in, string_is_open
+from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
+from llama_worker._constraint.escaped import EscapedJson
+from llama_worker._constraint.rules import Check, Json, Many, Node, Pattern, Plain, Row, Schema, Text, either, row
+from llama_worker._constraint.schema import arguments_schema, read_schema
+from llama_worker._constraint.tagged import TaggedArguments
+from llama_worker._errors import InvalidRequestError, UnsupportedFeatureError
+from llama_worker._requests import ToolSpec
+
+_MOST_TOOLS: Final = 128  # a second or two to compile, once
+
+
+@dataclass(slots=True)
+class Calls:
+    """Writes the rules of the calls that `tools` allow. `parallel`: several in one turn."""
+
+    syntax: CallSyntax
+    tools: Sequence[ToolSpec]
+    parallel: bool
+    rules: list[tuple[str, Node]] = field(default_factory=list)
+    schemas: list[tuple[str, Schema]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    _arguments: dict[str, Node] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Read the tools. Raises InvalidRequestError and UnsupportedFeatureError."""
+        if len(self.tools) > _MOST_TOOLS:
+            raise InvalidRequestError("tools", f"<{len(self.tools)} tools>", f"more than {_MOST_TOOLS}; give fewer")
+        for index, tool in enumerate(self.tools):
+            if tool.name != tool.name.strip():
+                raise InvalidRequestError("tools", tool.name, "a name neither begins nor ends with a blank")
+            self._arguments[tool.name] = self._arguments_of(tool, f"t{index}")
+
+    def whole(self) -> Node:
+        """All calls of a turn, from the first character on."""
+        return self._turn("")
+
+    def behind_trigger(self) -> Node:
+        """All calls of a turn, without the trigger at their beginning."""
+        return self._turn(self.syntax.trigger)
+
+    def _turn(self, said: str) -> Node:
+        syntax = self.syntax
+        first = either(*(self._call(tool, _cut((syntax.section_open, *syntax.call), said)) for tool in self.tools))
+        more: Node | None = None
+        if self.parallel and syntax.separator is not None:
+            more = Many(either(*(self._call(tool, (syntax.separator or "", *syntax.call)) for tool in self.tools)))
+        return row(first, more, Text(syntax.section_close))
+
+    def _call(self, tool: ToolSpec, parts: Sequence[Part]) -> Node:
+        nodes: list[Node] = []
+        for part, after in zip(parts, (*parts[1:], ""), strict=True):
+            match part:
+                case str():
+                    nodes.append(Text(part))
+                case Slot.NAME:
+                    nodes.append(Plain(name_in(self.syntax, tool.name)))
+                case Slot.ID:
+                    nodes.append(Pattern(_id_pattern(after)))
+                case Slot.INDEX:
+                    nodes.append(Pattern("[0-9]{1,3}"))
+                case Slot.ARGUMENTS:
+                    nodes.append(self._arguments[tool.name])
+        return Row(tuple(nodes))
+
+    def _arguments_of(self, tool: ToolSpec, name: str) -> Node:
+        where = f"tools.{tool.name}.parameters"
+        parameters = arguments_schema(tool.parameters, where)
+        schema = read_schema(parameters, where, strict=bool(tool.strict))
+        if self.syntax.arguments == "json":
+            self.schemas.append((name, schema))
+            self.checks.append(Check(tool=tool.name, schema=schema, parts=(name,)))
+            return Json(name)
+        self.checks.append(Check(tool=tool.name, schema=schema))
+        if isinstance(self.syntax.arguments, Tagged):
+            tagged = TaggedArguments(
+                self.syntax.arguments, name, where, tool.model_copy(update={"parameters": parameters})
+            )
+            node = tagged.node()
+            self.rules += tagged.rules
+            self.schemas += tagged.schemas
+            return node
+        escaped = EscapedJson(name, json.loads(schema.exact), quoted=not string_is_open(self.syntax))
+        node = escaped.node()
+        self.rules += escaped.rules
+        return node
+
+
+def _cut(parts: tuple[Part, ...], said: str) -> tuple[Part, ...]:
+    """`parts` without `said`, which they begin with."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    head = joined[0]
+    if not isinstance(head, str) or not head.startswith(said):
+        raise UnsupportedFeatureError("tools", "the chat template's calls do not begin with their trigger")
+    return (head[len(said) :], *joined[1:])
+
+
+def _id_pattern(after: Part) -> str:
+    """Letters, digits and what else ids have, but not what may stand behind them."""
+    stop = after[:1] if isinstance(after, str) else ""
+    allowed = "".join(char for char in "_.:-" if char != stop)
+    return f"[A-Za-z0-9{re.escape(allowed)}]{{1,64}}"

@@ -1,0 +1,214 @@
+"""ConstraintCompiler: grammars made ready to mask one vocabulary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+from numpy.typing import NDArray
+
+from llama_worker._constraint.lark import ControlTexts, grammar_text, json_rule
+from llama_worker._constraint.matcher import Constraint, forced_tokens
+from llama_worker._constraint.rules import Given, Grammar, Schema
+from llama_worker._constraint.validation import Checks, Validator
+from llama_worker._engine.base import Vocabulary
+from llama_worker._errors import InvalidRequestError, UnsupportedFeatureError
+
+logger = logging.getLogger("llama_worker")
+
+_MOST_KEPT: Final = 64
+_WRITABLE: Final = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
+_Mode = Literal["exact", "lenient", "loose"]
+_MODES: Final[tuple[_Mode, ...]] = ("exact", "lenient", "loose")
+
+
+def _limits() -> LLParserLimits:
+    # About 1 kB a lexer state, 20 ms of fuel to begin with, 15 ms for a mask. Errors must not quote what was sampled.
+    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A matcher that stays at the beginning, or behind what a reply is forced to begin with. Only copied from."""
+
+    matcher: LLMatcher
+    checks: Checks
+    ahead: Sequence[int]
+    words: NDArray[np.uint32]
+
+
+class ConstraintCompiler:
+    """Compiles for one vocabulary, which it keeps. Any thread may use it.
+
+    What llguidance must know of the vocabulary is gathered at first use (about a second for 150,000 tokens).
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+        self._building = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._controls = ControlTexts({})
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """A fresh constraint, with its first mask computed. Blocks for milliseconds, and to build the tokenizer.
+
+        Raises InvalidRequestError for a grammar that cannot be enforced, UnsupportedFeatureError for a vocabulary
+        that cannot write text.
+        """
+        with self._lock:
+            compiled = self._kept.get(grammar)
+            if compiled is not None:
+                self._kept.move_to_end(grammar)
+        if compiled is None:
+            compiled = self._compiled(grammar)
+            with self._lock:
+                self._kept[grammar] = compiled
+                while len(self._kept) > _MOST_KEPT:
+                    self._kept.popitem(last=False)
+        return Constraint(
+            compiled.matcher.deep_copy(),
+            self._vocabulary.n_tokens,
+            checks=compiled.checks,
+            ahead=compiled.ahead,
+            words=compiled.words,
+        )
+
+    def _compiled(self, grammar: Grammar) -> _Compiled:
+        tokenizer = self._llguidance_tokenizer()
+        modes: dict[str, _Mode] = {name: "lenient" if schema.gaps else "exact" for name, schema in grammar.schemas}
+        matcher = self._matcher(tokenizer, grammar, modes)
+        if "JSON schema" in matcher.get_error():
+            modes = {name: _enforceable(schema) for name, schema in grammar.schemas}
+            matcher = self._matcher(tokenizer, grammar, modes)
+        if matcher.is_error():
+            raise _refused(grammar.field, matcher.get_error())
+        ahead = forced_tokens(matcher)
+        words = np.zeros((self._vocabulary.n_tokens + 31) // 32, np.uint32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if matcher.is_error() or not words.any():
+            raise _refused(grammar.field, matcher.get_error() or "nothing fits it")
+        return _Compiled(matcher, _checks(grammar, modes), ahead, words)
+
+    def _matcher(self, tokenizer: LLTokenizer, grammar: Grammar, modes: Mapping[str, _Mode]) -> LLMatcher:
+        directives = {name: _directive(schema, modes[name]) for name, schema in grammar.schemas}
+        text = grammar_text(grammar, self._controls, directives, regex=_regex, given=_given)
+        return LLMatcher(tokenizer, text, log_level=0, limits=_limits())
+
+    def _llguidance_tokenizer(self) -> LLTokenizer:
+        with self._building:
+            if self._tokenizer is None:
+                controls = _control_ids(self._vocabulary)
+                self._controls = ControlTexts(controls)
+                self._tokenizer = _tokenizer(self._vocabulary, controls)
+            return self._tokenizer
+
+
+class _TokenizerWrapper:
+    """The vocabulary, as llguidance asks for it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, special: frozenset[int]) -> None:
+        self.tokens = list(vocabulary.pieces)
+        self.eos_token_id = min(vocabulary.end_tokens)
+        self.special_token_ids = sorted(special)
+        self._vocabulary = vocabulary
+        before = vocabulary.tokenize("\n", add_special=False, parse_special=False)
+        self._before = int(before[-1]) if len(before) else None
+
+    def __call__(self, text: str) -> list[int]:
+        # In the middle of a reply: SentencePiece must not put a space before it.
+        ids = self._vocabulary.tokenize(text, add_special=False, parse_special=False, after=self._before)
+        return ids.tolist()  # type: ignore[no-any-return]
+
+
+def _control_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The id of each control token by its text: the one that the tokenizer makes of it."""
+    ids: dict[str, int] = {}
+    for text in vocabulary.control_texts:
+        found = vocabulary.tokenize(text, add_special=False, parse_special=True)
+        if len(found) == 1:
+            ids[text] = int(found[0])
+    return ids
+
+
+def _tokenizer(vocabulary: Vocabulary, controls: Mapping[str, int]) -> LLTokenizer:
+    missing = _WRITABLE.difference(vocabulary.pieces)
+    if missing or not vocabulary.end_tokens:
+        why = "no token ends a reply" if not missing else f"{len(missing)} characters of JSON have no token"
+        raise UnsupportedFeatureError("constrained output", f"in this model's vocabulary {why}; use a chat model")
+    texts = {text.encode() for text in vocabulary.control_texts}
+    alike = {token for token, piece in enumerate(vocabulary.pieces) if piece in texts}
+    wrapper = _TokenizerWrapper(vocabulary, frozenset(controls.values()) | vocabulary.end_tokens | alike)
+    try:
+        return LLTokenizer(wrapper, eos_token=sorted(vocabulary.end_tokens))  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as exc:
+        raise UnsupportedFeatureError("constrained output", f"this model's vocabulary is of no use: {exc}") from None
+
+
+def _directive(schema: Schema, mode: _Mode) -> str:
+    return json_rule(json.loads(schema.loose if mode == "loose" else schema.exact), lenient=mode != "exact")
+
+
+def _enforceable(schema: Schema) -> _Mode:
+    """The strictest way in which a schema compiles by itself. Raises InvalidRequestError if there is none."""
+    reasons = []
+    for mode in _MODES[bool(schema.gaps) :]:
+        error = LLMatcher.validate_grammar(f"start: {_directive(schema, mode)}\n", limits=_limits())
+        if not error or error.startswith("WARNING"):
+            return mode
+        reasons.append(error)
+        if schema.strict:
+            break
+    raise _refused(schema.field, reasons[0])
+
+
+def _refused(field: str, error: str) -> InvalidRequestError:
+    reason = error.partition("\n")[0].rpartition("schema: ")[2][:300]
+    return InvalidRequestError(field, "<grammar>", f"it cannot be enforced ({reason}); make it simpler")
+
+
+def _checks(grammar: Grammar, modes: Mapping[str, _Mode]) -> Checks:
+    tools: dict[str, Validator] = {}
+    answer: Validator | None = None
+    for check in grammar.checks:
+        if check.parts and all(modes[part] == "exact" for part in check.parts):
+            continue
+        validator = Validator(check.schema.original, check.schema.field)
+        if check.tool is None:
+            answer = validator
+        else:
+            tools[check.tool] = validator
+    for name, schema in grammar.schemas:
+        if modes[name] != "exact":
+            what = ", ".join(schema.gaps) or "a part of it"
+            logger.warning("%s: %s is not enforced while sampling; what was sampled is checked", schema.field, what)
+    return Checks(tools, answer)
+
+
+def _regex(pattern: str) -> str:
+    """For `/.../`. Digits and words are ASCII, as JSON schemas have them."""
+    return regex_to_lark(pattern, "dw")
+
+
+def _given(given: Given) -> str:
+    if given.kind == "lark":
+        return given.source
+    try:
+        return any_to_lark(given.source)
+    except Exception as exc:  # noqa: BLE001 - the converter raises Exception itself, and what its recursion meets
+        reason = str(exc).partition("\n")[0].partition(" at line ")[0][:200]
+        raise InvalidRequestError(
+            "response_format.grammar", "<gbnf>", f"it is no GBNF ({reason or type(exc).__name__})"
+        ) from None

@@ -1,0 +1,368 @@
+"""Reading a JSON schema: what of it a grammar can enforce, what must be checked afterwards, and what is refused.
+
+The schema that is compiled is written anew. Annotations are left out, local references become definitions at the
+root, exact formats become patterns, and some things become narrower than the caller said, because a model that may
+say anything does: an object that declares `properties` and is silent about others has no others, and a number
+without bounds has at most 63 bits before the point, so that it is neither endless nor infinite. What the grammar
+allows is always allowed by the caller's schema, unless a keyword is one of the `gaps`; then the finished value is
+checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from llama_worker._constraint.finite import finite_definitions, has_value, without_dead
+from llama_worker._constraint.formats import LOOKAHEADS, NATIVE, PATTERNS, ecma
+from llama_worker._constraint.places import LISTS, MAPS, SINGLES, mapped
+from llama_worker._constraint.plain_json import json_text
+from llama_worker._constraint.references import pointed
+from llama_worker._constraint.rules import Schema
+from llama_worker._errors import InvalidRequestError
+
+JsonSchema: TypeAlias = dict[str, Any] | bool
+
+_VALUES: Final = frozenset(
+    [
+        "type",
+        "const",
+        "enum",
+        "required",
+        "minItems",
+        "maxItems",
+        "minProperties",
+        "maxProperties",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+    ]
+)
+_FIXED: Final = frozenset({"const", "enum", "multipleOf"})
+_RANGE: Final = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
+_NUMBERS: Final = _VALUES - {"type", "const", "enum", "required", "pattern"}
+# What llguidance does not know. A model keeps to most of these by itself often enough to be worth checking.
+_GAPS: Final = frozenset(
+    [
+        "if",
+        "then",
+        "else",
+        "contains",
+        "minContains",
+        "maxContains",
+        "uniqueItems",
+        "propertyNames",
+        "dependentRequired",
+        "dependentSchemas",
+        "dependencies",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+    ]
+)
+_REFUSED: Final = {
+    "not": "say what is allowed instead, with enum, anyOf or pattern",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
+}
+_MOST_BYTES: Final = 256 << 10
+_MOST_INTEGER: Final = 9 * 10**18  # what llguidance can count up to, nearly 64 bits
+
+
+def read_schema(schema: object, where: str, *, strict: bool, root: object = None) -> Schema:
+    """A schema as it can be compiled. `root` is the document that its references mean, if that is another.
+
+    Raises InvalidRequestError with the field `where`: for what is no schema, out of bounds, remote, impossible or,
+    with `strict`, not to be enforced whole.
+    """
+    original = json_text(schema, where)
+    document = json.loads(original if root is None else json_text(root, where))
+    reader = _Reader(where, document)
+    exact = reader.whole(json.loads(original))
+    if strict and reader.gaps:
+        raise InvalidRequestError(
+            where,
+            next(iter(reader.gaps)),
+            "it cannot be enforced; leave it out, or leave strict out to have it checked",
+        )
+    return Schema(
+        field=where,
+        strict=strict,
+        original=original,
+        exact=_bounded(exact, where),
+        loose=_bounded(_loosened(exact), where),
+        gaps=tuple(reader.gaps),
+    )
+
+
+def arguments_schema(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The schema of a tool's arguments: an object. {} means that there are none.
+
+    Raises InvalidRequestError for the schema of anything else.
+    """
+    if not parameters:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    schema = {"type": "object", **parameters}
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if "object" not in types:
+        raise InvalidRequestError(where, schema["type"], 'arguments are an object; use {"type": "object", ...}')
+    return {**schema, "type": "object"}
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Writes one document anew. `gaps` are the keywords that the grammar will not know, in order."""
+
+    where: str
+    document: Any
+    gaps: dict[str, None] = field(default_factory=dict)
+    _names: dict[tuple[str, bool], str] = field(default_factory=dict)
+    _defs: dict[str, JsonSchema] = field(default_factory=dict)
+
+    def whole(self, schema: object) -> JsonSchema:
+        written = self.schema(schema, exact=False)
+        able = finite_definitions(self._defs)
+        if not has_value(written, able):
+            raise self._bad("<schema>", "no finite value is of it; look at required properties, items and references")
+        written, defs = without_dead(written, able), {name: without_dead(self._defs[name], able) for name in able}
+        if not defs or not isinstance(written, dict):
+            return written  # type: ignore[no-any-return]
+        return {**written, "$defs": {name: defs[name] for name in sorted(defs)}}
+
+    def schema(self, schema: object, *, exact: bool) -> JsonSchema:
+        """`schema`, written anew. `exact`: nothing may become narrower, for more is said about the same value."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise self._bad(type(schema).__name__, "a schema is an object, true or false")
+        return self._object(_plain(schema), exact)
+
+    def _object(self, schema: dict[str, Any], exact: bool) -> JsonSchema:
+        self._refuse(schema)
+        if set(schema) == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1:
+            return self.schema(schema["allOf"][0], exact=exact)
+        composed = {"allOf", "anyOf", "oneOf", "$ref"} & set(schema)
+        inner = exact or (bool(composed) and bool(set(schema) - composed - {"type"})) or len(composed) > 1
+        written: dict[str, Any] = {}
+        besides: list[JsonSchema] = []
+        for key, value in schema.items():
+            said = self._keyword(key, value, schema, exact, inner)
+            if said.keys() & written.keys():
+                besides.append(said)
+            else:
+                written.update(said)
+        if besides:
+            written["allOf"] = [*written.get("allOf", ()), *besides]
+        if not exact and not composed:
+            self._narrow(schema, written)
+        kinds = schema.get("type")
+        if {"number", "integer"} & set(kinds if isinstance(kinds, list) else [kinds]) and not _FIXED & set(schema):
+            written.update(_bounds(schema))
+            return written if exact or not written.keys() <= _RANGE else self._shared(written)
+        return written
+
+    def _shared(self, written: dict[str, Any]) -> JsonSchema:
+        """A range of numbers, defined once: for llguidance many that are alike cost far more than one."""
+        name = self._names.setdefault((json.dumps(written, sort_keys=True), False), f"n{len(self._names)}")
+        self._defs[name] = written
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _keyword(self, key: str, value: Any, schema: dict[str, Any], exact: bool, inner: bool) -> dict[str, Any]:
+        if key == "$ref":
+            return {"$ref": f"#/$defs/{self._definition(value, inner)}"}
+        if key in LISTS:
+            return self._branches(key, value, inner)
+        if key in MAPS and isinstance(value, dict):
+            return {key: {name: self.schema(sub, exact=exact) for name, sub in value.items()}}
+        if key == "items" and isinstance(value, list):  # as drafts before 2020-12 had it
+            return self._tuple(value, schema.get("additionalItems"), exact)
+        if key in SINGLES:
+            return {key: self.schema(value, exact=exact)}
+        if key == "format":
+            return self._format(value, schema)
+        if key == "pattern":
+            return self._pattern(value)
+        if key in _GAPS:
+            self._gap(key, value, schema)
+        return self._value(key, value) if key in _VALUES else {}
+
+    def _value(self, key: str, value: Any) -> dict[str, Any]:
+        if key in _NUMBERS and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if key in _NUMBERS and _is_number(value) and abs(value) > _MOST_INTEGER:
+            self.gaps[f"{key} of more than 63 bits"] = None
+            return {}
+        return {key: value}
+
+    def _branches(self, key: str, value: Any, inner: bool) -> dict[str, Any]:
+        if not isinstance(value, list) or not value:
+            raise self._bad(key, "it is a list of schemas, with one at least")
+        if key == "oneOf" and (len(value) == 1 or self._tagged(value)):
+            key = "anyOf"
+        # Branches of allOf hold together, and of oneOf no two may hold: neither may become narrower by itself.
+        return {key: [self.schema(branch, exact=inner or key in ("allOf", "oneOf")) for branch in value]}
+
+    def _tuple(self, items: list[Any], more: Any, exact: bool) -> dict[str, Any]:
+        written: dict[str, Any] = {"prefixItems": [self.schema(item, exact=exact) for item in items]}
+        return written if more is None else {**written, "items": self.schema(more, exact=exact)}
+
+    def _format(self, value: Any, schema: dict[str, Any]) -> dict[str, Any]:
+        kind = schema.get("type", "string")
+        if "string" not in (kind if isinstance(kind, list) else [kind]):
+            return {}  # formats of numbers say how wide they are stored
+        if value in NATIVE:
+            return {"format": value}
+        if value not in PATTERNS:
+            self.gaps[f"format: {value}"] = None
+            return {}
+        return {"pattern": PATTERNS[value]}
+
+    def _pattern(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, str) and re.search(r"\(\?<?[=!]", value):
+            if value in LOOKAHEADS:
+                return {"pattern": LOOKAHEADS[value]}
+            self.gaps["pattern (it looks around)"] = None
+            return {}
+        return {"pattern": ecma(value) if isinstance(value, str) else value}
+
+    def _gap(self, key: str, value: Any, schema: dict[str, Any]) -> None:
+        if key == "uniqueItems" and (value is False or schema.get("maxItems") in (0, 1)):
+            return
+        self.gaps[key] = None
+
+    def _narrow(self, schema: dict[str, Any], written: dict[str, Any]) -> None:
+        """Close objects that declare what they have."""
+        properties = schema.get("properties", {})
+        declares = "properties" in schema or "patternProperties" in schema
+        silent = not {"additionalProperties", "unevaluatedProperties"} & set(schema)
+        if (
+            declares
+            and silent
+            and isinstance(properties, dict)
+            and set(schema.get("required") or ()) <= set(properties)
+        ):
+            written["additionalProperties"] = False
+
+    def _refuse(self, schema: dict[str, Any]) -> None:
+        for key, way_out in _REFUSED.items():
+            if key in schema:
+                raise self._bad(key, f"it cannot be enforced; {way_out}")
+        if schema.get("$id") not in (None, self.document.get("$id")) and '"$ref"' in json.dumps(self.document):
+            raise self._bad("$id", "references across documents are not followed; use $defs and #/$defs/...")
+
+    def _definition(self, reference: Any, exact: bool) -> str:
+        """The name of the definition that stands for what `reference` means."""
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            raise self._bad(
+                f"$ref: {reference}", "only references into the same schema are followed; put it under $defs"
+            )
+        key = (reference, exact)
+        if key not in self._names:
+            self._names[key] = name = f"d{len(self._names)}"
+            target = pointed(self.document, reference)
+            if not isinstance(target, dict | bool):
+                raise self._bad(f"$ref: {reference}", "there is no schema at this place")
+            self._defs[name] = self.schema(target, exact=exact)
+        return self._names[key]
+
+    def _tagged(self, branches: list[Any]) -> bool:
+        """Whether under one key each branch demands constants of its own: then no two hold."""
+        seen: dict[str, list[Any]] = {}
+        for branch in branches:
+            for key, values in self._constants(branch).items():
+                seen.setdefault(key, []).append(values)
+        return any(len(values) == len(branches) and _disjoint(values) for values in seen.values())
+
+    def _constants(self, branch: Any) -> dict[str, list[Any]]:
+        for _ in range(8):
+            if not (isinstance(branch, dict) and isinstance(branch.get("$ref"), str)):
+                break
+            branch = pointed(self.document, branch["$ref"])
+        if not isinstance(branch, dict) or branch.get("type") != "object":
+            return {}
+        properties, required = branch.get("properties"), branch.get("required")
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            return {}
+        return {key: values for key in required if (values := _fixed(properties.get(key)))}
+
+    def _bad(self, value: object, reason: str) -> InvalidRequestError:
+        return InvalidRequestError(self.where, value, reason)
+
+
+_KEPT: Final = frozenset(
+    {*MAPS, *LISTS, *SINGLES, *_VALUES, *_GAPS, *_REFUSED, "$ref", "format", "$id", "additionalItems"}
+)
+
+
+def _plain(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without annotations, and with the names of properties said where llguidance looks for them."""
+    kept = {key: value for key, value in schema.items() if key in _KEPT}
+    names = kept.get("propertyNames")
+    if not isinstance(names, dict) or {"properties", "patternProperties"} & set(kept):
+        return kept
+    rule, others = {key: value for key, value in names.items() if key != "type"}, kept.get("additionalProperties", True)
+    if rule.keys() == {"enum"} and isinstance(rule["enum"], list):
+        said: dict[str, Any] = {"properties": {str(name): others for name in rule["enum"]}}
+    elif rule.keys() == {"pattern"} or (rule.keys() == {"format"} and rule["format"] in PATTERNS):
+        said = {"patternProperties": {rule.get("pattern") or PATTERNS[rule["format"]]: others}}
+    else:
+        return kept
+    return {**{key: kept[key] for key in kept if key != "propertyNames"}, **said, "additionalProperties": False}
+
+
+def _fixed(schema: object) -> list[Any]:
+    """The strings that a property must be one of, if it must."""
+    if not isinstance(schema, dict):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
+
+
+def _disjoint(groups: list[list[Any]]) -> bool:
+    values = [value for group in groups for value in set(group)]
+    return len(set(values)) == len(values)
+
+
+def _bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    least, most = -_MOST_INTEGER, _MOST_INTEGER
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    added: dict[str, Any] = {}
+    if low is None and (high is None or (_is_number(high) and high > least)):
+        added["minimum"] = least
+    if high is None and (low is None or (_is_number(low) and low < most)):
+        added["maximum"] = most
+    return added
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_CHECKED_LATER: Final = frozenset(
+    {"pattern", "format", "multipleOf", "minProperties", "maxProperties", "patternProperties"}
+)
+
+
+def _loosened(schema: Any) -> Any:
+    """Without what llguidance may choke on."""
+    if not isinstance(schema, dict):
+        return schema
+    dropped = _CHECKED_LATER | ({"additionalProperties"} if "patternProperties" in schema else set())
+    return mapped({key: value for key, value in schema.items() if key not in dropped}, _loosened)
+
+
+def _bounded(schema: JsonSchema, where: str) -> str:
+    text = json.dumps(schema, ensure_ascii=False)
+    if len(text) > _MOST_BYTES:
+        raise InvalidRequestError(
+            where, f"<{len(text)} characters>", f"over {_MOST_BYTES} without descriptions; make it shorter"
+        )
+    return text

@@ -1,0 +1,63 @@
+"""Guarding a conversation: every text in it that may be from users is kept from becoming control tokens.
+
+Not only contents: names, thoughts, the arguments of past calls and what tools say of themselves stand in the
+prompt too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from llama_worker._chat.plain import plain
+from llama_worker._requests import Message, ToolCall, ToolSpec
+
+Protect: TypeAlias = Callable[[str], str]
+
+
+def guarded_message(message: Message, protect: Protect) -> Message:
+    """`message` with every text in it protected."""
+    update: dict[str, Any] = {"content": protect(message.content)}
+    for field in ("name", "reasoning", "tool_call_id"):
+        if getattr(message, field):
+            update[field] = protect(getattr(message, field))
+    if message.tool_calls:
+        update["tool_calls"] = tuple(_guarded_call(call, protect) for call in message.tool_calls)
+    return message.model_copy(update=update)
+
+
+def guarded_tool(tool: ToolSpec, protect: Protect) -> ToolSpec:
+    """`tool` with every text in it protected. Its name, too: the marks do not change how it is written."""
+    update = {
+        "name": protect(tool.name),
+        "description": protect(tool.description),
+        "parameters": guarded_data(tool.parameters, protect, "tools"),
+    }
+    return tool.model_copy(update=update)
+
+
+def _guarded_call(call: ToolCall, protect: Protect) -> ToolCall:
+    update = {
+        "id": protect(call.id),
+        "name": protect(call.name),
+        "arguments": guarded_data(call.arguments, protect, "messages"),
+    }
+    return call.model_copy(update=update)
+
+
+def guarded_data(value: Any, protect: Protect, field: str) -> Any:
+    """A copy of plain data with every text in it protected. Raises InvalidRequestError(field) for other data."""
+    return _guarded(plain(value, field), protect)
+
+
+def _guarded(value: Any, protect: Protect) -> Any:
+    """Plain data with every string in it protected, keys too."""
+    match value:
+        case str():
+            return protect(value)
+        case dict():
+            return {_guarded(key, protect): _guarded(item, protect) for key, item in value.items()}
+        case list() | tuple():
+            return [_guarded(item, protect) for item in value]
+        case _:
+            return value
