@@ -567,3 +567,22 @@ def test_parameters_declared_behind_a_reference_are_found(name: str) -> None:
     for arguments, fit in (({"n": 3}, True), ({"n": 3, "flag": None}, True), ({"n": True}, False), ({}, False)):
         text = written(format, ("t", arguments))
         assert fits(ConstraintCompiler(vocabulary).constraint(grammar), text, vocabulary) is fit, arguments
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"tools": TOOLS, "tool_choice": "required"}, {"response_format": ResponseFormat(type="json_object")}],
+    ids=["a call", "an answer"],
+)
+def test_no_blank_leads_to_a_thought_that_nobody_chose(asked: dict[str, Any]) -> None:
+    assert not any(ord(blank) in allowed(constraint(request(**asked), THINKING)) for blank in " \t\r\n")
+    assert fits(
+        constraint(request(**asked), THINKING), "<think>\nHm.\n</think>\n\n" + ("{}" if "tools" not in asked else CALL)
+    )
+
+
+def test_a_thought_and_a_call_that_begin_alike_are_both_open() -> None:
+    held = constraint(request(tools=TOOLS, tool_choice="required"), THINKING)
+    for token in b"<t":
+        held.accept(token)
+    assert allowed(held) == sorted(b"ho")

@@ -95,7 +95,7 @@ class _Reply:
             return (close, _NEWLINES)
         if self._request.enable_thinking is False:
             return ()
-        return (Maybe(row(Opening(syntax.open.strip()), close, _NEWLINES)),)
+        return (Maybe(row(self._marker(syntax.open.strip()), close, _NEWLINES)),)
 
     def _body(self) -> Node:
         calls = self._calls
@@ -105,7 +105,7 @@ class _Reply:
             return calls.whole()
         if not calls.syntax.trigger:
             return either(calls.whole(), self._text(self._spoken(), marked=True))
-        begun = row(Opening(calls.syntax.trigger), calls.behind_trigger())
+        begun = row(self._marker(calls.syntax.trigger), calls.behind_trigger())
         if self._answer is not None and self._answer.schemas and begins_as_json(calls.syntax):
             return self._json_union(calls, self._answer)
         if self._answer is not None:
@@ -120,6 +120,12 @@ class _Reply:
         calls.checks = [replace(check, parts=answer.parts) for check in calls.checks]
         answer.become(union_schema(calls.syntax, tools, answer.schema))
         return answer.node(())
+
+    def _marker(self, text: str) -> Node:
+        """The beginning of a thought or a call. Blanks may come before it where text could be what follows them:
+        elsewhere they would force the marker, for nothing else begins with them."""
+        is_free = self._calls is not None and self._request.tool_choice == "auto" and self._answer is None
+        return Opening(text) if is_free else Text(text)
 
     def _lazy(self, calls: Calls, begun: Node) -> Node:
         """Free text, and calls wherever the trigger stands in it."""
@@ -144,7 +150,7 @@ class _Reply:
     def _text(self, answer: Node, *, marked: bool = False) -> Node:
         """An answer, with what the template may put around it. `marked`: what begins it must be there."""
         syntax = self._format.text if self._in_chat else TextSyntax()
-        opening = Opening(syntax.open.lstrip())
+        opening = self._marker(syntax.open.lstrip())
         before = opening if marked else Maybe(opening) if syntax.open else None
         return row(before, answer, Maybe(Text(syntax.close.strip())) if syntax.close else None)
 
