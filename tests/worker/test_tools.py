@@ -124,6 +124,16 @@ def test_a_call_cut_off_by_length_is_no_call(max_tokens: int) -> None:
     assert all(isinstance(call, InvalidToolCall) for call in end.invalid_tool_calls)
 
 
+def test_a_call_that_is_none_is_warned_of_without_a_word_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    with calling(ROME) as worker:
+        reply = worker.generate(ASK, tools=TOOLS, tool_choice="required", max_tokens=len(ROME) - 20)
+        (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        worker.generate(ASK, tools=TOOLS, tool_choice="none", max_tokens=4)
+    assert reply.invalid_tool_calls
+    assert line == "1 of a reply's calls are none: see invalid_tool_calls"
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
 def test_a_cut_behind_a_whole_call_keeps_it() -> None:
     """It ended by length: who waits for the second call must know that there might have been one."""
     with calling(f"{ROME}\n{OSLO}") as worker:

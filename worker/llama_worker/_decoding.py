@@ -281,5 +281,10 @@ def _finish(loaded: Loaded, generation: Generation, reason: FinishReason) -> Non
         ids = generation.sampled.copy()
         text = generation.reply.text if generation.reply.is_text_alone else loaded.view.detokenize(ids.tolist())
         loaded.view.replies.remember(job.rendered, job.prompt, text, ids)
+    if generation.reply.invalid_tool_calls:
+        # Agents go on as if nothing had been called.
+        logger.warning(
+            "%d of a reply's calls are none: see invalid_tool_calls", len(generation.reply.invalid_tool_calls)
+        )
     generation.finish(reason)
     loaded.retire(generation)
