@@ -91,6 +91,12 @@ REFUSED_CALLS: dict[str, Callable[[LlamaEngine], object]] = {
     "share nothing": lambda e: e.seq_share(0, 1, 0),
     "share from out of range": lambda e: e.seq_share(4, 1, 4),
     "share to out of range": lambda e: e.seq_share(0, -2, 4),
+    "save a sequence out of range": lambda e: e.seq_save(4),
+    "save an empty sequence": lambda e: e.seq_save(1),
+    "save a part where there is none": lambda e: e.seq_save(0, partial=True),
+    "restore to out of range": lambda e: e.seq_restore(-1, e.seq_save(0), 8),
+    "restore from out of range": lambda e: e.seq_restore(1, e.seq_save(0), 8, donor=4),
+    "restore over a donor into a sequence in use": lambda e: e.seq_restore(0, e.seq_save(0), 8, donor=1),
     "embed an empty text": lambda e: e.embed([ids()]),
     "embed a token out of range": lambda e: e.embed([ids(512)]),
     "embed too many tokens": lambda e: e.embed([numbers(e.limits.n_embed_tokens)] * 2),
@@ -217,6 +223,8 @@ def test_a_closed_engine_refuses_everything(tiny_llama: Path):
         lambda: engine.seq_trim(0, 1),
         lambda: engine.seq_clear(0),
         lambda: engine.seq_share(0, 1, 4),
+        lambda: engine.seq_save(0),
+        lambda: engine.seq_restore(0, b"", 1),
         lambda: engine.embed([ids(1)]),
     ]
     for call in calls:

@@ -33,9 +33,12 @@ from llama_worker._engine.base import (
     Mask,
     ModelInfo,
     Sampler,
+    SavedState,
     Span,
+    StateError,
     TokenIds,
 )
+from llama_worker._engine.state import Unsealed, fingerprint, opened
 from llama_worker._errors import GenerationError, InvalidRequestError
 from llama_worker._events import assert_well_formed
 from llama_worker._requests import SamplingParams
@@ -54,7 +57,18 @@ _CLOSING = (IM_END, *b'"}])>')
 _LIKELY = np.array([*sorted(set(_LETTERS.tolist())), *_CLOSING])
 
 Call: TypeAlias = Literal[
-    "decode", "sample", "logits", "new_sampler", "seq_end", "seq_trim", "seq_clear", "seq_share", "embed", "close"
+    "decode",
+    "sample",
+    "logits",
+    "new_sampler",
+    "seq_end",
+    "seq_trim",
+    "seq_clear",
+    "seq_share",
+    "seq_save",
+    "seq_restore",
+    "embed",
+    "close",
 ]
 
 
@@ -196,7 +210,8 @@ class FakeEngine:
     """An Engine over a ByteTokenizer. `calls` records what was asked of it, in order.
 
     `replies` are dealt out to new samplers in turn; without any, text follows from the tokens.
-    `hidden_cells` of the KV cache cannot be used, although `limits` says otherwise.
+    `hidden_cells` of the KV cache cannot be used, although `limits` says otherwise. With `needs_checkpoints`
+    the next token depends on a state beside the cells, which only a partial state brings back.
     """
 
     limits: EngineLimits
@@ -214,6 +229,9 @@ class FakeEngine:
         self.samplers: list[FakeSampler] = []
         self._scripts = itertools.cycle([deque(r.encode()) for r in self.replies]) if self.replies else None
         self._seqs: list[list[_Row]] = [[] for _ in range(self.limits.n_seq)]
+        self._states: list[list[int]] = [[] for _ in range(self.limits.n_seq)]
+        self._firm = [0] * self.limits.n_seq
+        self._mark = fingerprint("fake", self.limits.n_vocab, self.limits.needs_checkpoints)
         self._new_cell = itertools.count()
         self._outputs: dict[int, bytes] = {}
         self._counts: dict[str, int] = {}
@@ -290,15 +308,16 @@ class FakeEngine:
         self._called("seq_trim")
         if length >= len(self._seqs[seq]):
             return True
-        if not self.limits.can_trim:
+        if not self.limits.can_trim or length < self._firm[seq]:
             return False
         del self._seqs[seq][length:]
+        del self._states[seq][length:]
         return True
 
     def seq_clear(self, seq: int) -> None:
         """See Engine.seq_clear."""
         self._called("seq_clear")
-        self._seqs[seq].clear()
+        self._forget(seq)
 
     def seq_share(self, source: int, target: int, length: int) -> None:
         """See Engine.seq_share."""
@@ -307,7 +326,33 @@ class FakeEngine:
             raise ValueError("this model cannot share prefixes")
         if self._seqs[target] or not 0 < length <= len(self._seqs[source]):
             raise ValueError(f"cannot share {length} tokens of {source} with {target}")
+        if length < self._firm[source]:
+            raise ValueError(f"{length} tokens of {source} lack their window")
         self._seqs[target] = self._seqs[source][:length]
+        self._states[target] = self._states[source][:length]
+        self._firm[target] = self._firm[source]
+
+    def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:
+        """See Engine.seq_save."""
+        self._called("seq_save")
+        if not self.limits.can_save or (partial and not self.limits.needs_checkpoints) or not self._seqs[seq]:
+            raise ValueError(f"sequence {seq} cannot be saved (partial={partial})")
+        cells = [] if partial else self.held(seq)
+        data = np.array([*cells, *self._states[seq]], np.int32).view(np.uint8)
+        room = Unsealed(len(data))
+        room.payload[:] = data
+        return room.sealed(self._mark, length=len(self._seqs[seq]), partial=partial)
+
+    def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
+        """See Engine.seq_restore."""
+        if donor is not None and (donor == seq or self._seqs[seq]):
+            raise ValueError(f"sequence {seq} must be another than the donor and empty")
+        try:
+            self._called("seq_restore")
+            self._restore(seq, state, length, seq if donor is None else donor)
+        except StateError:
+            self._forget(seq)
+            raise
 
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """See Engine.embed."""
@@ -361,6 +406,26 @@ class FakeEngine:
             return DecodeStatus.ABORTED
         return fault.how
 
+    def _forget(self, seq: int) -> None:
+        self._seqs[seq], self._states[seq], self._firm[seq] = [], [], 0
+
+    def _restore(self, seq: int, state: SavedState | bytes, length: int, holder: int) -> None:
+        saved = opened(state, self._mark)
+        if saved.length != length:
+            raise StateError(f"the state is of {saved.length} tokens, not of {length}")
+        tokens = saved.payload.view(np.int32).tolist()
+        if saved.partial:
+            if len(self._seqs[holder]) < length:
+                raise StateError(f"a state of {length} tokens lacks their other cells")
+            self._seqs[seq], self._states[seq] = self._seqs[holder][:length], tokens
+            return
+        self._forget(seq)
+        if self.cells_used + length > self.limits.n_ctx - self.hidden_cells:
+            raise StateError(f"there are no {length} free cells")
+        self._seqs[seq] = [_Row(token, next(self._new_cell)) for token in tokens[:length]]
+        self._states[seq] = tokens[length:]
+        self._firm[seq] = 0 if self.limits.can_trim_restored else length
+
     def _validate(self, spans: Sequence[Span]) -> None:
         if sum(len(span.tokens) for span in spans) > self.limits.n_batch:
             raise ValueError("more rows than n_batch")
@@ -379,10 +444,12 @@ class FakeEngine:
         for span in spans:
             held = self._seqs[span.seq]
             held.extend(_Row(int(token), next(self._new_cell)) for token in span.tokens)
+            self._states[span.seq].extend(span.tokens.tolist())
             row += len(span.tokens)
             self.n_rows += len(span.tokens)
             if span.output:
-                self._outputs[row - 1] = np.array([r.token for r in held], np.int32).tobytes()
+                tokens, state = [r.token for r in held], self._states[span.seq]
+                self._outputs[row - 1] = np.array(tokens if state == tokens else tokens + state, np.int32).tobytes()
 
     def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
         """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
@@ -421,6 +488,9 @@ def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = 
         n_embed_tokens=512,
         n_embed_text=256,
         n_embed_seq=32,
+        can_save=not embedding,
+        can_trim_restored=not hybrid,
+        needs_checkpoints=hybrid,
     )
 
 

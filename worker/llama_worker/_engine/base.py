@@ -24,6 +24,8 @@ TokenIds: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Mask: TypeAlias = NDArray[np.uint8]
 """One bit for each token, set where it is allowed: bit i of byte j is token 8j+i; (n_vocab + 7) // 8 bytes."""
+SavedState: TypeAlias = NDArray[np.uint8]
+"""A sequence as bytes, sealed (see `_engine/state.py`) and not to be written to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,10 @@ class EngineLimits:
     `generates` / `embeds`: which of the two kinds of request the model can serve.
     `n_embed_tokens` and `n_embed_seq`: most tokens and texts in one `embed` call;
     `n_embed_text`: most tokens of one text (the trained context of models with absolute positions).
+
+    `can_save`: `seq_save` and `seq_restore` work. `can_trim_restored`: so restored, a sequence can be trimmed
+    like any other (a sliding window is saved no longer than it need be). `needs_checkpoints`: a sequence goes back
+    to where a partial state was saved, and nowhere else.
     """
 
     n_ctx: int
@@ -102,10 +108,17 @@ class EngineLimits:
     n_embed_tokens: int
     n_embed_text: int
     n_embed_seq: int
+    can_save: bool = False
+    can_trim_restored: bool = False
+    needs_checkpoints: bool = False
 
 
 class Aborted(GenerationError):
     """The abort flag ended this call; nothing is wrong with what it was given."""
+
+
+class StateError(GenerationError):
+    """A sequence could not be saved or restored. The worker goes on without."""
 
 
 class AbortFlag(Protocol):
@@ -180,6 +193,27 @@ class Engine(Protocol):
 
     def seq_share(self, source: int, target: int, length: int) -> None:
         """Let the empty `target` hold the first `length` tokens of `source`. Needs `can_share`."""
+        ...
+
+    def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:
+        """What `seq` holds, as bytes. Needs `can_save`, and a sequence that is not empty. Blocks (a copy).
+
+        `partial`: only what cannot be cut back (a recurrent state, a sliding window), which is of use where the
+        other cells of these tokens are still there. Needs `needs_checkpoints`.
+
+        Raises ValueError for misuse; StateError, MemoryError when it fails: then nothing was changed.
+        """
+        ...
+
+    def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
+        """Let `seq` hold the `length` tokens that `state` was saved of, and nothing else. Blocks (a copy).
+
+        A whole state replaces what `seq` holds. A partial state is put over the first `length` tokens that `seq`
+        holds, or, with `donor`, over those of the donor, which the empty `seq` shares with it from now on.
+
+        Raises ValueError for misuse. Raises StateError for a state that is damaged, another engine's, or not of
+        `length` tokens, and when there is no room: then `seq` is empty.
+        """
         ...
 
     def embed(self, texts: Sequence[TokenIds]) -> Floats:

@@ -27,7 +27,9 @@ from llama_worker._engine.base import (
     Mask,
     ModelInfo,
     Sampler,
+    SavedState,
     Span,
+    StateError,
     TokenIds,
 )
 from llama_worker._engine.batch import Batch
@@ -39,6 +41,7 @@ from llama_worker._engine.masking import Masks, nothing_left
 from llama_worker._engine.progress import current_progress
 from llama_worker._engine.rows import RowScan, require_number
 from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, SamplingVocab
+from llama_worker._engine.state import ContextStates, fingerprint
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import ConfigError, ModelLoadError, UnsupportedFeatureError
 from llama_worker._fitting import fit_to_memory
@@ -125,6 +128,14 @@ class LlamaEngine:
         """See `base.Engine`."""
         self._require_generator().seq_share(source, target, length)
 
+    def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:
+        """See `base.Engine`."""
+        return self._require_generator().seq_save(seq, partial=partial)
+
+    def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
+        """See `base.Engine`."""
+        self._require_generator().seq_restore(seq, state, length, donor)
+
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """See `base.Engine`. The first call creates the embedding context (ModelLoadError if it cannot)."""
         self._enter()
@@ -188,6 +199,9 @@ class LlamaEngine:
             n_embed_tokens=n_embed_tokens,
             n_embed_text=n_embed_text,
             n_embed_seq=n_embed_seq,
+            can_save=generator.can_save if generator else False,
+            can_trim_restored=generator.can_trim_restored if generator else False,
+            needs_checkpoints=generator.needs_checkpoints if generator else False,
         )
 
 
@@ -221,7 +235,7 @@ class _Generator:
         stack.callback(self._batch.free)
         self.samplers = SamplerFactory(lib, vocab)
         stack.callback(self.samplers.close)
-        self._window = 0 if config.swa_full else int(api.llama_model_n_swa(model))
+        self._window = int(api.llama_model_n_swa(model))
         self._ends = [0] * self.n_seq
         self._rows: dict[int, Floats] = {}
         self._scan = RowScan()
@@ -234,9 +248,15 @@ class _Generator:
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         self.can_trim = False  # until the memory has shown that it can
         self.can_trim = self._probe_trim() and not stateful
+        drops = bool(self._window) and not config.swa_full
         # A window that drops cells can go back a little, but nobody can count on it.
-        self.can_trim_anywhere = self.can_trim and not self._window
-        self.can_share = not stateful and not self._window
+        self.can_trim_anywhere = self.can_trim and not drops
+        self.can_share = not stateful and not drops
+        self._states = ContextStates(lib, self._context, _state_mark(config, info))
+        self.can_save = self._probe_save()
+        self.can_trim_restored = self.can_save and self.can_trim and not self._window
+        self.needs_checkpoints = self.can_save and not self.can_trim_anywhere and self._probe_checkpoint()
+        self.seq_clear(0)
         lib.short.llama_memory_clear(self._memory, True)
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
@@ -325,10 +345,48 @@ class _Generator:
             raise ValueError("this model cannot share a prefix (limits.can_share)")
         if source == target or self._ends[target]:
             raise ValueError(f"target={target}: must be another sequence and empty, it holds {self._ends[target]}")
-        if not 0 < length <= self._ends[source]:
+        if not 0 < length <= self._ends[source] or not self._window_holds(source, length):
             raise ValueError(f"length={length}: sequence {source} holds {self._ends[source]} tokens")
         self._lib.short.llama_memory_seq_cp(self._memory, source, target, 0, length)
         self._ends[target] = length
+
+    def seq_save(self, seq: int, *, partial: bool) -> SavedState:
+        self._check_seq(seq)
+        if (partial and not self.needs_checkpoints) or not self.can_save:
+            raise ValueError("this model has no such states (limits.can_save, limits.needs_checkpoints)")
+        if not self._ends[seq]:
+            raise ValueError(f"seq={seq}: it is empty")
+        return self._states.save(seq, self._ends[seq], partial=partial)
+
+    def seq_restore(self, seq: int, state: SavedState | bytes, length: int, donor: int | None) -> None:
+        self._check_seq(seq)
+        if donor is not None:
+            self._check_seq(donor)
+            if donor == seq or self._ends[seq]:
+                raise ValueError(f"seq={seq}: must be another than the donor and empty, it holds {self._ends[seq]}")
+        try:
+            self._restore(seq, state, length, donor)
+        except StateError:
+            self.seq_clear(seq)
+            raise
+
+    def _restore(self, seq: int, state: SavedState | bytes, length: int, donor: int | None) -> None:
+        saved = self._states.open(state)
+        if saved.length != length:
+            raise StateError(f"the state is of {saved.length} tokens, not of {length}")
+        short = self._lib.short
+        if not saved.partial:
+            self.seq_clear(seq)
+        elif self._ends[seq if donor is None else donor] < length:
+            raise StateError(f"a state of {length} tokens lacks their other cells")
+        elif donor is not None:
+            short.llama_memory_seq_cp(self._memory, donor, seq, 0, length)
+        self._states.load(seq, saved)
+        if saved.partial and not short.llama_memory_seq_rm(self._memory, seq, length, -1):
+            raise StateError(f"what follows the {length} tokens could not be removed")
+        if short.llama_memory_seq_pos_max(self._memory, seq) != length - 1:
+            raise StateError(f"the state did not lead back to {length} tokens")
+        self._ends[seq] = length
 
     def _checked(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Each sequence's length after `spans`, and the output rows. Raises ValueError."""
@@ -383,6 +441,30 @@ class _Generator:
         self._ends[0] = 0
         self._rows = {}
         return trimmed
+
+    def _probe_save(self) -> bool:
+        """Save two tokens, whole, and read them back."""
+        self.can_save = True
+        return self._succeeds(partial=False, rows=0)
+
+    def _probe_checkpoint(self) -> bool:
+        """Save two tokens, partially, and come back to them from a third."""
+        self.needs_checkpoints = True
+        return self._succeeds(partial=True, rows=1)
+
+    def _succeeds(self, *, partial: bool, rows: int) -> bool:
+        self.seq_clear(0)
+        try:
+            self.decode([Span(0, 0, np.zeros(2, np.int32), True)])
+            state = self.seq_save(0, partial=partial)
+            if rows:
+                self.decode([Span(0, 2, np.zeros(rows, np.int32), True)])
+            self.seq_restore(0, state, 2, None)
+        except StateError:
+            return False
+        finally:
+            self._rows = {}
+        return True
 
     def _logits(self) -> list[Floats]:
         """Views of the output buffer: one row of logits for each output of the last decode, in its order."""
@@ -461,6 +543,11 @@ def _require_supported(api: Any, model: Pointer, info: ModelInfo) -> None:
         raise ModelLoadError(f"{info.name} ({info.architecture}) is an encoder-decoder model; open a decoder-only one")
     if api.llama_model_is_diffusion(model):
         raise ModelLoadError(f"{info.name} ({info.architecture}) is a diffusion model; open a causal one")
+
+
+def _state_mark(config: ModelConfig, info: ModelInfo) -> bytes:
+    """What decides how a state is read: the model, the types of its cells, and how they are laid out."""
+    return fingerprint(info.digest, config.type_k, config.type_v, config.flash_attn, config.swa_full)
 
 
 def _n_vocab(api: Any, model: Pointer) -> int:
