@@ -70,6 +70,7 @@ class ModelFields(BaseModel):
     n_ctx: int | None = None
     n_parallel: int | None = None
     n_kv_cells: int | None = None
+    cache_ram: int | None = None
     n_batch: int | None = None
     n_ubatch: int | None = None
     n_threads: int | None = None

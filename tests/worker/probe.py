@@ -17,18 +17,19 @@ from llama_worker._engine.base import (
     Loader,
     Mask,
     Sampler,
+    SavedState,
     Span,
     TokenIds,
 )
 
-Mistake: TypeAlias = Literal["other row", "shifted span", "shifted after abort"]
+Mistake: TypeAlias = Literal["other row", "shifted span", "shifted after abort", "shifted after restore"]
 
 
 class Probe:
     """Wraps an Engine; `logits_of` keeps, for each sampler, the logits that each token was sampled from.
 
     `mistake` makes it err by one: it samples from a neighbour's row, or decodes the second span of a
-    prompt (or the first after an abort) one token late.
+    prompt (or the first after an abort, or a restored state) one token late.
     """
 
     def __init__(self, inner: Engine, mistake: Mistake | None = None) -> None:
@@ -39,6 +40,7 @@ class Probe:
         self.samplers: list[Sampler] = []
         self.abort_next = False
         self.n_aborted = 0
+        self.n_restored = 0
         self.most_outputs = 0
         self._outputs: list[int] = []
         self._erred = False
@@ -70,8 +72,13 @@ class Probe:
         self.samplers.append(sampler)
         return sampler
 
+    def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
+        self.inner.seq_restore(seq, state, length, donor=donor)
+        self.n_restored += 1
+
     def _shifted(self, span: Span) -> Span:
         due = self.mistake == "shifted span" or (self.mistake == "shifted after abort" and self.n_aborted)
+        due = due or (self.mistake == "shifted after restore" and self.n_restored)
         if due and not self._erred and span.start > 0 and len(span.tokens) > 1:
             self._erred = True
             return span._replace(tokens=np.concatenate([span.tokens[1:], span.tokens[-1:]]))

@@ -46,6 +46,7 @@ class ModelConfig(Settings):
     `model`: a path to a GGUF file, or `demo://smollm2-135m-instruct` / `demo://all-minilm-l6-v2`.
     `n_ctx`: tokens that one request may use, prompt and completion; 0 means the trained context.
     `n_parallel`: sequences decoded at once. `n_kv_cells`: tokens that all sequences share (default: n_ctx).
+    `cache_ram`: MiB of RAM for saved states: what models that cannot trim go back to. 0: none are saved.
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
@@ -58,6 +59,7 @@ class ModelConfig(Settings):
     n_ctx: Annotated[int, Field(ge=0, le=2**24)] = 4096
     n_parallel: Annotated[int, Field(ge=1, le=256)] = 4
     n_kv_cells: Annotated[int | None, Field(ge=1, le=2**26)] = None
+    cache_ram: Annotated[int, Field(ge=0, le=2**24)] = 512
     n_batch: Annotated[int, Field(ge=32, le=2**16)] = 2048
     n_ubatch: Annotated[int, Field(ge=1, le=2**16)] = 512
     n_threads: Annotated[int | None, Field(ge=1, le=512)] = None

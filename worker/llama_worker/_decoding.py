@@ -12,15 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import assert_never
 
-from llama_worker._engine.base import AbortFlag, DecodeStatus, Engine
+from llama_worker._engine.base import AbortFlag, DecodeStatus
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
 from llama_worker._guide import Guide
+from llama_worker._kv_ops import apply, seat, take_checkpoints
 from llama_worker._logprobs import logprob_of
-from llama_worker._prefix_cache import Clear, KVOp, Share, Trim
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
 
@@ -31,12 +30,12 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
     """One decode for everyone who runs, and what is sampled from it."""
     scheduler = loaded.scheduler
     for generation, ops in scheduler.admit(newcomers=newcomers) if scheduler.waiting else ():
-        apply(loaded.engine, ops)
+        seat(loaded, generation, ops)
         service.meter.begun(generation.command.record, generation.command.submitted, service.clock())
         _start(loaded, generation)
     if scheduler.is_short_of_cells:
         running = len(scheduler.running)
-        apply(loaded.engine, scheduler.make_room())
+        apply(loaded, scheduler.make_room())
         service.meter.preemptions += running - len(scheduler.running)
     batch = scheduler.plan()
     if batch is None:
@@ -45,20 +44,7 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
     batch = _decode(service, loaded, batch)
     if batch is not None:
         _sample(loaded, scheduler.commit(batch))
-
-
-def apply(engine: Engine, ops: Iterable[KVOp]) -> None:
-    for op in ops:
-        match op:
-            case Clear(seq):
-                engine.seq_clear(seq)
-            case Trim(seq, length):
-                if not engine.seq_trim(seq, length):
-                    raise GenerationError(f"the engine could not trim sequence {seq} to {length} tokens")
-            case Share(source, target, length):
-                engine.seq_share(source, target, length)
-            case _:
-                assert_never(op)
+        take_checkpoints(loaded, batch)
 
 
 def _start(loaded: Loaded, generation: Generation) -> None:
@@ -147,16 +133,16 @@ def _relieve(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
     """The engine has no room for `batch` although the books said so: evict, halve, preempt, start over, fail."""
     scheduler = loaded.scheduler
     if (op := scheduler.cache.evict(batch.n_rows)) is not None:
-        apply(loaded.engine, [op])
+        apply(loaded, [op])
         return batch
     if batch.n_rows > 1:
         return scheduler.plan(batch.n_rows // 2)
     if (op := scheduler.preempt()) is not None:
         service.meter.preemptions += 1
-        apply(loaded.engine, [op])
+        apply(loaded, [op])
         return scheduler.plan(1)
     if (op := scheduler.start_over()) is not None:
-        apply(loaded.engine, [op])
+        apply(loaded, [op])
         return scheduler.plan()
     _fail_stuck(loaded)
     return None
@@ -189,7 +175,7 @@ def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:
     for generation in batch.parts:
         assert generation.slot is not None
         generation.fail(GenerationError(f"llama_decode returned {int(status)} ({status.name.lower()})"))
-        apply(loaded.engine, [loaded.scheduler.cache.forget(generation.slot)])
+        apply(loaded, [loaded.scheduler.cache.forget(generation.slot)])
         loaded.retire(generation)
 
 

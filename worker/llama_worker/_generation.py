@@ -7,6 +7,8 @@ that was sampled last. A generation that lost its slot has simply everything lef
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+
 from llama_worker._commands import Generate
 from llama_worker._engine.base import Sampler, Vocabulary
 from llama_worker._errors import InvalidOutputError
@@ -68,6 +70,19 @@ class Generation:
         return self.tokens.n if slot is None else self.tokens.n - slot.tokens.n
 
     @property
+    def n_ahead(self) -> int:
+        """As `n_left`, but not beyond the next boundary of the prompt, where a checkpoint may be taken."""
+        n, boundaries = self.n_resident, self.command.job.boundaries
+        following = bisect_right(boundaries, n)
+        return boundaries[following] - n if following < len(boundaries) else self.n_left
+
+    @property
+    def is_at_boundary(self) -> bool:
+        n, boundaries = self.n_resident, self.command.job.boundaries
+        at = bisect_left(boundaries, n)
+        return at < len(boundaries) and boundaries[at] == n
+
+    @property
     def is_decoding(self) -> bool:
         slot, n = self.slot, self.tokens.n
         return slot is not None and n > self.n_prompt and slot.tokens.n == n - 1
@@ -102,6 +117,12 @@ class Generation:
     def will_share(self, prompt: TokenIds) -> int:
         """How long a prefix of `prompt` this generation holds once its own prompt is decoded."""
         return min(common_prefix(self.tokens.view, prompt), len(prompt) - 1)
+
+    def will_checkpoint(self, prompt: TokenIds) -> int:
+        """As `will_share`, up to the last boundary within it."""
+        boundaries = self.command.job.boundaries
+        count = bisect_right(boundaries, self.will_share(prompt)) if boundaries else 0
+        return boundaries[count - 1] if count else 0
 
     def end_reason(self) -> FinishReason | None:
         """Why it is over after the token that was accepted last, or None."""

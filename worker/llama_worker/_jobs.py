@@ -15,7 +15,8 @@ from llama_worker._tokens import TokenIds
 class GenerationJob:
     """A generation, prepared for the model of `epoch`, named `model`: its prompt, and how many tokens may follow.
 
-    `rendered` is the prompt's text as the chat template wrote it; None for raw prompts. `opening` are the
+    `rendered` is the prompt's text as the chat template wrote it; None for raw prompts. `boundaries`, in order, are
+    numbers of its first tokens that other prompts are likely to begin with too. `opening` are the
     tokens that the reply must begin with. `guide` and `parser` are for one reply, and used up by it; None where
     anything may come, and where it can be nothing but text. `check_call` and `check_text` hold a complete call
     and a complete text against what could not be enforced; `check_text` returns what is wrong, or None.
@@ -27,6 +28,7 @@ class GenerationJob:
     prompt: TokenIds
     max_tokens: int
     rendered: str | None = None
+    boundaries: tuple[int, ...] = ()
     opening: tuple[int, ...] = ()
     guide: Guide | None = None
     parser: Parser | None = None

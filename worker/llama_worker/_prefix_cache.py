@@ -8,6 +8,9 @@ reuse is the question which slot already holds most of a prompt. Three answers, 
    are only marked as belonging to both sequences. This is how many agents share one system prompt;
 3. start over: the slot whose loss costs least is cleared.
 
+A model that cannot cut a tail off goes back to a checkpoint instead of the exact place (see `_checkpoints`);
+over a copy of the cells, such a checkpoint makes a sequence of its own as well.
+
 Cells, not tokens, are what the cache is short of: a shared prefix occupies its cells once. `Cells` keeps
 the count that llama.cpp does not report.
 
@@ -23,6 +26,16 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_worker._checkpoints import (
+    MOST,
+    WORTH_KEEPING,
+    Checkpoint,
+    Checkpoints,
+    count_within,
+    least_valuable,
+    within,
+)
+from llama_worker._engine.base import SavedState
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 
 NEARLY_WHOLE = 32
@@ -57,7 +70,21 @@ class Share:
     length: int
 
 
-KVOp: TypeAlias = Clear | Trim | Share
+@dataclass(frozen=True, slots=True, eq=False)
+class Restore:
+    """Take `seq` back to its first `length` tokens, by what was saved there.
+
+    With `donor`, to that sequence's first tokens, whose cells the empty `seq` shares from now on. It may fail:
+    then `seq` is empty, and the cache has to be told (`lost`).
+    """
+
+    seq: int
+    length: int
+    state: SavedState
+    donor: int | None = None
+
+
+KVOp: TypeAlias = Clear | Trim | Share | Restore
 
 
 class Cells:
@@ -101,14 +128,18 @@ class Cells:
 
 
 class Slot:
-    """One sequence and the tokens that it holds. `busy` while a generation has it."""
+    """One sequence and the tokens that it holds. `busy` while a generation has it.
 
-    __slots__ = ("busy", "cells", "last_used", "seq", "tokens")
+    `checkpoints`, in order, are places in these tokens that the sequence can go back to.
+    """
+
+    __slots__ = ("busy", "cells", "checkpoints", "last_used", "seq", "tokens")
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
         self.tokens = TokenBuffer()
         self.cells: list[int] = []
+        self.checkpoints: list[Checkpoint] = []
         self.busy = False
         self.last_used = 0
 
@@ -148,11 +179,22 @@ class CacheCounts:
 class PrefixCache:
     """All slots of one context. Used by the worker thread only."""
 
-    def __init__(self, *, n_seq: int, n_cells: int, can_trim: bool, can_share: bool) -> None:
+    def __init__(
+        self,
+        *,
+        n_seq: int,
+        n_cells: int,
+        can_trim: bool,
+        can_share: bool,
+        needs_checkpoints: bool = False,
+        budget: int = 0,
+    ) -> None:
         self.slots = [Slot(seq) for seq in range(n_seq)]
         self.cells = Cells(n_cells)
         self._can_trim = can_trim
         self._can_share = can_share and can_trim
+        self._needs_checkpoints = needs_checkpoints
+        self.checkpoints = Checkpoints(budget if needs_checkpoints else 0)
         self._tick = 0
         self.counts = CacheCounts()
 
@@ -190,6 +232,8 @@ class PrefixCache:
         """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books."""
         loan = self._loan(prompt)
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
+        if any(isinstance(op, Restore) for op in loan.ops):
+            self.checkpoints.hit(loan.reused)
         return loan
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
@@ -206,6 +250,10 @@ class PrefixCache:
         self.cells.drop(slot.cells[length:])
         del slot.cells[length:]
         slot.tokens.truncate(length)
+        if slot.checkpoints:
+            kept = count_within(slot.checkpoints, length)
+            self.checkpoints.let_go(slot.checkpoints[kept:])
+            del slot.checkpoints[kept:]
 
     def give_back(self, slot: Slot) -> None:
         """The generation is over; what the slot holds stays for others."""
@@ -224,18 +272,40 @@ class PrefixCache:
             return None
         own = {slot.seq: self._own_cells(slot) for slot in idle}
         victim = min(idle, key=lambda slot: (own[slot.seq] == 0, slot.last_used))
-        spared = victim.n - min(n_cells, own[victim.seq]) if self._can_trim and own[victim.seq] else 0
+        spared = self._reachable(victim, victim.n - min(n_cells, own[victim.seq])) if own[victim.seq] else 0
         self.counts = self.counts.with_eviction(victim.n - spared)
-        self.truncate(victim, spared)
-        return Trim(victim.seq, spared) if spared else Clear(victim.seq)
+        return self._go_back(victim, spared)
 
     def forget(self, slot: Slot) -> KVOp:
         """The slot's contents are lost or wrong; it stays lent if it is."""
         self.truncate(slot, 0)
         return Clear(slot.seq)
 
+    def wants_checkpoint(self, slot: Slot) -> bool:
+        """Whether to save what `slot` holds now, so that it can be gone back to."""
+        last = slot.checkpoints[-1].length if slot.checkpoints else 0
+        return self.checkpoints.has_room and slot.n - last >= WORTH_KEEPING
+
+    def keep_checkpoint(self, slot: Slot, state: SavedState) -> None:
+        """`state` was saved of what `slot` holds now. Others go if there are too many bytes."""
+        checkpoint = Checkpoint(slot.n, state, self._tick)
+        if not self.checkpoints.taken(checkpoint):
+            return
+        slot.checkpoints.append(checkpoint)
+        self.checkpoints.hold([checkpoint])
+        if len(slot.checkpoints) > MOST:
+            self._drop(least_valuable([slot.checkpoints], self._tick))
+        while self.checkpoints.over_budget:
+            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick))
+
+    def lost(self, seq: int) -> None:
+        """The engine could not restore `seq`: it is empty."""
+        self.checkpoints.failed()
+        self.truncate(self.slots[seq], 0)
+
     def check(self) -> None:
         """Assert that the books are consistent: every held cell is counted once per holder."""
+        self._check_checkpoints()
         counted = np.zeros(self.cells.n, np.int32)
         for slot in self.slots:
             assert slot.n == len(slot.cells), f"{slot}: {len(slot.cells)} cells"
@@ -243,6 +313,19 @@ class PrefixCache:
             counted[slot.cells] += 1
         assert np.array_equal(counted, self.cells.holders()), "holders differ from what the slots hold"
         assert self.cells.free == int(np.count_nonzero(counted == 0)), "free cells differ"
+
+    def _check_checkpoints(self) -> None:
+        holders: dict[Checkpoint, int] = {}
+        for slot in self.slots:
+            places = [checkpoint.length for checkpoint in slot.checkpoints]
+            assert places == sorted(set(places)), f"{slot}: checkpoints at {places}"
+            assert not places or 0 < places[0] <= places[-1] <= slot.n, f"{slot}: checkpoints at {places}"
+            for checkpoint in slot.checkpoints:
+                holders[checkpoint] = holders.get(checkpoint, 0) + 1
+        assert all(checkpoint.holders == n for checkpoint, n in holders.items()), "holders of checkpoints differ"
+        n_bytes = sum(checkpoint.state.nbytes for checkpoint in holders)
+        assert (self.checkpoints.n, self.checkpoints.n_bytes) == (len(holders), n_bytes), "bytes differ"
+        assert not self.checkpoints.over_budget, f"{n_bytes} bytes of checkpoints"
 
     def _held_by_busy(self) -> NDArray[np.bool_]:
         held = np.zeros(self.cells.n, np.bool_)
@@ -259,16 +342,48 @@ class PrefixCache:
         if not slot.n:
             return 0
         length = min(common_prefix(slot.tokens.view, prompt), len(prompt) - 1)
+        if length == slot.n and not slot.busy:
+            return length
+        return self._reachable(slot, length)
+
+    def _reachable(self, slot: Slot, length: int) -> int:
+        """How many of the first `length` tokens of `slot` can be gone back to, or shared."""
         if self._can_trim:
             return length
-        # A state that cannot be cut back is of use only as a whole, to its own holder.
-        return length if length == slot.n and not slot.busy else 0
+        checkpoint = within(slot.checkpoints, length)
+        return checkpoint.length if checkpoint is not None else 0
+
+    def _go_back(self, slot: Slot, length: int) -> KVOp:
+        """Let `slot` hold its first `length` tokens, as many as `_reachable` said, which is less than it does."""
+        op: KVOp
+        if not length:
+            op = Clear(slot.seq)
+        elif self._can_trim:
+            op = Trim(slot.seq, length)
+        else:
+            op = Restore(slot.seq, length, self._checkpoint(slot, length).state)
+        self.truncate(slot, length)
+        return op
+
+    def _checkpoint(self, slot: Slot, length: int) -> Checkpoint:
+        checkpoint = within(slot.checkpoints, length)
+        assert checkpoint is not None, f"{slot} has no checkpoint at {length}"
+        assert checkpoint.length == length, f"{slot} has no checkpoint at {length}"
+        checkpoint.last_used = self._tick
+        return checkpoint
+
+    def _drop(self, checkpoint: Checkpoint) -> None:
+        for slot in self.slots:
+            if checkpoint in slot.checkpoints:
+                slot.checkpoints.remove(checkpoint)
+                self.checkpoints.let_go([checkpoint])
+        self.checkpoints.dropped()
 
     def _loan(self, prompt: TokenIds) -> Loan:
         donor, length = self.match(prompt)
         if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
             return self._take_over(donor, length)
-        if donor is not None and self._can_share and length >= WORTH_SHARING:
+        if donor is not None and (self._can_share or self._needs_checkpoints) and length >= WORTH_SHARING:
             target = self._cheapest_idle(other_than=donor)
             if target is not None:
                 return self._share(donor, target, length)
@@ -279,10 +394,7 @@ class PrefixCache:
         return self._take_over(slot, 0)
 
     def _take_over(self, slot: Slot, length: int) -> Loan:
-        ops: tuple[KVOp, ...] = ()
-        if length < slot.n:
-            ops = (Trim(slot.seq, length),) if length else (Clear(slot.seq),)
-            self.truncate(slot, length)
+        ops = (self._go_back(slot, length),) if length < slot.n else ()
         return self._lent(slot, length, ops)
 
     def _share(self, donor: Slot, target: Slot, length: int) -> Loan:
@@ -291,8 +403,15 @@ class PrefixCache:
         target.tokens.extend(donor.tokens.part(0, length))
         target.cells.extend(donor.cells[:length])
         self.cells.hold(target.cells)
+        target.checkpoints.extend(donor.checkpoints[: count_within(donor.checkpoints, length)])
+        self.checkpoints.hold(target.checkpoints)
         self._touch(donor)
-        return self._lent(target, length, (*ops, Share(donor.seq, target.seq, length)))
+        return self._lent(target, length, (*ops, self._copied(donor, target, length)))
+
+    def _copied(self, donor: Slot, target: Slot, length: int) -> KVOp:
+        if self._can_share:
+            return Share(donor.seq, target.seq, length)
+        return Restore(target.seq, length, self._checkpoint(donor, length).state, donor.seq)
 
     def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...]) -> Loan:
         slot.busy = True

@@ -107,7 +107,8 @@ def adopt(service: Service, loading: Loading) -> None:
     model, view = loading.take()
     limits = model.engine.limits
     service.epoch = view.epoch
-    service.loaded = Loaded(model.engine, view, Scheduler(limits, Pace(service.step_budget_ms)), EmbedQueue(limits))
+    scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20)
+    service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits))
     service.abort = model.engine.abort_flag.raise_
     service.config = loading.config  # what was asked for: the next load may find more memory free
     service.idle_since = None

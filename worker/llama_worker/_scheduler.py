@@ -44,11 +44,16 @@ class Batch:
 class Scheduler:
     """The waiting and the running generations of one engine. The worker thread's."""
 
-    def __init__(self, limits: EngineLimits, pace: Pace) -> None:
+    def __init__(self, limits: EngineLimits, pace: Pace, budget: int = 0) -> None:
         self.waiting: list[Generation] = []
         self.running: list[Generation] = []
         self.cache = PrefixCache(
-            n_seq=limits.n_seq, n_cells=limits.n_ctx, can_trim=limits.can_trim, can_share=limits.can_share
+            n_seq=limits.n_seq,
+            n_cells=limits.n_ctx,
+            can_trim=limits.can_trim,
+            can_share=limits.can_share,
+            needs_checkpoints=limits.needs_checkpoints,
+            budget=budget,
         )
         self._limits = limits
         self.pace = pace
@@ -199,11 +204,16 @@ class Scheduler:
 
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""
-        if not self._limits.can_share or not self.running:
+        by_checkpoint = self._limits.needs_checkpoints
+        if not (self._limits.can_share or by_checkpoint) or not self.running:
             return False
         prompt = generation.tokens.view
         _, now = self.cache.match(prompt)
-        return any(g.will_share(prompt) - now >= WORTH_WAITING for g in self.running if not g.is_decoding)
+        for other in self.running:
+            will = other.will_checkpoint(prompt) if by_checkpoint else other.will_share(prompt)
+            if will - now >= WORTH_WAITING and not other.is_decoding:
+                return True
+        return False
 
     def _fits(self, generation: Generation) -> bool:
         """Whether the cells suffice for a newcomer beside what the running prompts still need."""
@@ -220,7 +230,7 @@ class Scheduler:
 def _chunks(prefilling: list[Generation], budget: int) -> list[tuple[Generation, int]]:
     chunks = []
     for generation in sorted(prefilling, key=_urgency):
-        n = min(generation.n_left, budget)
+        n = min(generation.n_ahead, budget)
         if n <= 0:
             break
         chunks.append((generation, n))

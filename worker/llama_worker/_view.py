@@ -18,13 +18,20 @@ from typing import Any, Final
 
 import numpy as np
 
+from llama_worker._boundaries import chat_boundaries, common_text, raw_boundaries
 from llama_worker._chat.analysis import format_of
 from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.segments import ControlTextGuard
 from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import EngineLimits, LoadedModel, ModelInfo, Vocabulary
-from llama_worker._errors import ConfigError, ContextOverflowError, InvalidRequestError, UnsupportedFeatureError
+from llama_worker._errors import (
+    ConfigError,
+    ContextOverflowError,
+    InvalidRequestError,
+    TemplateError,
+    UnsupportedFeatureError,
+)
 from llama_worker._guarding import guarded_message, guarded_tool
 from llama_worker._jobs import EmbedJob, GenerationJob
 from llama_worker._planning import PLAIN, LazyCompiler, check_request, plan_reply
@@ -37,6 +44,10 @@ logger = logging.getLogger("llama_worker")
 _NAMES_OF_OURS: Final = frozenset(
     {"self", "messages", "tools", "format", "enable_thinking", "add_generation_prompt", "today"}
 )
+
+
+_OTHER: Final = Message(role="user", content="\u241f")
+"""Stands for whatever else a user may say."""
 
 
 def template_source(given: str | None) -> str | None:
@@ -120,6 +131,7 @@ class ModelView:
         *,
         enable_thinking: bool | None = None,
         variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt as the template writes it, with the guard's marks. Raises TemplateError, InvalidRequestError."""
         taken = _NAMES_OF_OURS & set(variables or ())
@@ -130,7 +142,7 @@ class ModelView:
             tools=[guarded_tool(tool, self.guard.protect) for tool in tools],
             format=self.format,
             enable_thinking=enable_thinking,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             today=date.today(),
             **(variables or {}),
         ).text
@@ -158,6 +170,7 @@ class ModelView:
             prompt=prompt,
             max_tokens=max_tokens,
             rendered=rendered,
+            boundaries=self._boundaries(request, rendered, prompt) if self.limits.needs_checkpoints else (),
             opening=plan.opening,
             guide=plan.guide,
             parser=plan.parser,
@@ -165,9 +178,34 @@ class ModelView:
             check_text=plan.check_text,
         )
 
-    def _rendered_for(self, request: GenerationRequest, messages: Sequence[Message]) -> str:
-        thinking, variables = request.enable_thinking, request.template_variables
-        return self.rendered(messages, request.tools, enable_thinking=thinking, variables=variables)
+    def _rendered_for(self, request: GenerationRequest, messages: Sequence[Message], *, asks: bool = True) -> str:
+        return self.rendered(
+            messages,
+            request.tools,
+            enable_thinking=request.enable_thinking,
+            variables=request.template_variables,
+            add_generation_prompt=asks,
+        )
+
+    def _boundaries(self, request: GenerationRequest, rendered: str | None, prompt: TokenIds) -> tuple[int, ...]:
+        """See `_boundaries`. What stays the same is seen by rendering the chat with something else behind it."""
+        messages = request.messages
+        if messages is None or rendered is None:
+            return raw_boundaries(len(prompt))
+        roles = [message.role for message in messages]
+        heads = {next((i for i, role in enumerate(roles) if role != "system"), len(roles)), _last(roles, "user")}
+        others = [((*messages[:head], _OTHER), True) for head in heads] + [(messages, False)]
+        places = set()
+        for chat, asks in others:
+            try:
+                places.add(common_text(rendered, self._rendered_for(request, chat, asks=asks)))
+            except TemplateError:
+                continue  # it does not take such a chat: then this place is not known
+        before = [self._n_bytes(rendered[:place]) for place in places]
+        return chat_boundaries(prompt, self.vocabulary.pieces, before, self._n_bytes(rendered))
+
+    def _n_bytes(self, rendered: str) -> int:
+        return sum(len(segment.text.encode("utf-8", "replace")) for segment in self.guard.split(rendered))
 
     def warm(self) -> None:
         """Do now what is done once: read the template, make the vocabulary ready for constraints. Blocks."""
@@ -228,3 +266,7 @@ class ModelView:
         count, length = covering(turn.ids, region, self.vocabulary.pieces)
         known = np.concatenate([turn.prompt, turn.ids[:count]])
         return np.concatenate([known, self._segment_tokens(rendered[turn.length + length :], int(known[-1]))])
+
+
+def _last(roles: Sequence[str], role: str) -> int:
+    return next((i for i in range(len(roles) - 1, -1, -1) if roles[i] == role), 0)
