@@ -41,7 +41,9 @@ from llama_worker.testing import (
 )
 from tests.worker.waiting import in_thread, wait_until
 
+STATES = ["seq_save", "seq_restore"]
 CALLS = ["decode", "sample", "logits", "new_sampler", "seq_end", "seq_trim", "seq_clear", "seq_share", "embed", "close"]
+CALLS += STATES
 PROMPTS = [[Message(role="user", content="s" * 200 + f" question {i}")] for i in range(6)]
 
 
@@ -51,7 +53,7 @@ BREAKS = [RuntimeError("the engine broke"), MemoryError("no memory is left")]
 @pytest.mark.parametrize(("call", "nth", "broken"), list(itertools.product(CALLS, [1, 2, 5], BREAKS)), ids=str)
 def test_an_engine_that_raises_hangs_nobody(call: str, nth: int, broken: Exception):
     """Everyone is answered: in order, or with WorkerDied whose cause is what the engine raised."""
-    loader = fake_loader(faults=[Fault(call, broken, nth)])  # type: ignore[arg-type]
+    loader = fake_loader(faults=[Fault(call, broken, nth)], hybrid=call in STATES)  # type: ignore[arg-type]
     worker = fake_worker(loader=loader, n_ctx=1024, n_parallel=2)
     outcomes = run_everything(worker)
     worker.close()
@@ -176,7 +178,7 @@ def test_closing_ends_an_embedding_that_does_not_return_with_worker_closed():
 def test_an_engine_that_raises_around_a_reload_hangs_nobody(call: str, nth: int, overlap: bool):
     """Both engines have the fault. Callers end in order or with a typed error, and so does the reload."""
     broken = RuntimeError("the engine broke")
-    loader = fake_loader(faults=[Fault(call, broken, nth)])  # type: ignore[arg-type]
+    loader = fake_loader(faults=[Fault(call, broken, nth)], hybrid=call in STATES)  # type: ignore[arg-type]
     worker = fake_worker(loader=loader, n_ctx=1024, n_parallel=2)
     callers = in_thread(lambda: run_everything(worker))
     reloaded = in_thread(lambda: worker.reload(n_ctx=2048, overlap=overlap))

@@ -159,6 +159,34 @@ def test_the_donor_goes_on_undisturbed(checkpointed: Engine):
     np.testing.assert_array_equal(continued(checkpointed, 0), expected)
 
 
+def test_an_aborted_sequence_goes_back_to_where_it_was_saved(checkpointed: Engine):
+    """Half an update cannot be undone, but what was saved before it is as good as ever."""
+    fill(checkpointed, numbers(N))
+    state = checkpointed.seq_save(0, partial=True)
+    expected = continued(checkpointed, 0)
+    checkpointed.seq_restore(0, state, N)
+    fill(checkpointed, numbers(50, first=40))
+    aborted(checkpointed, 0)
+    checkpointed.seq_restore(0, state, N)
+    assert checkpointed.seq_end(0) == N
+    np.testing.assert_array_equal(continued(checkpointed, 0), expected)
+
+
+def test_an_aborted_sequence_starts_again_if_nothing_was_saved(checkpointed: Engine):
+    fill(checkpointed, numbers(N))
+    expected = continued(checkpointed, 0)
+    aborted(checkpointed, 0)
+    checkpointed.seq_clear(0)
+    fill(checkpointed, numbers(N))
+    np.testing.assert_array_equal(continued(checkpointed, 0), expected)
+
+
+def aborted(engine: Engine, seq: int) -> None:
+    engine.abort_flag.raise_()
+    assert engine.decode([Span(seq, engine.seq_end(seq), numbers(40), True)]) is DecodeStatus.ABORTED
+    engine.abort_flag.clear()
+
+
 @pytest.mark.parametrize("kind", ["dropping window", "hybrid", "fake hybrid"])
 def test_a_partial_state_without_the_other_cells_is_refused(request: pytest.FixtureRequest, kind: str):
     """llama.cpp would take it, and compute with cells that are not there."""

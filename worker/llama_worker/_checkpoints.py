@@ -117,15 +117,16 @@ def count_within(checkpoints: Sequence[Checkpoint], length: int) -> int:
     return bisect_right(checkpoints, length, key=lambda checkpoint: checkpoint.length)
 
 
-def least_valuable(rows: Iterable[Sequence[Checkpoint]], now: int) -> Checkpoint:
-    """Of all checkpoints, slot by slot and in order, the one whose loss costs least."""
+def least_valuable(rows: Iterable[Sequence[Checkpoint]], now: int, sparing: Checkpoint) -> Checkpoint:
+    """Of all checkpoints but `sparing`, slot by slot and in order, the one whose loss costs least."""
 
     def values() -> Iterable[tuple[float, Checkpoint]]:
         for row in rows:
             before = 0
             for checkpoint in row:
                 age = 1 + now - checkpoint.last_used
-                yield (checkpoint.length - before) * checkpoint.holders / age, checkpoint
+                if checkpoint is not sparing:
+                    yield (checkpoint.length - before) * checkpoint.holders / age, checkpoint
                 before = checkpoint.length
 
     return min(values(), key=lambda valued: valued[0])[1]

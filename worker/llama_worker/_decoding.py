@@ -18,7 +18,7 @@ from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWor
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
 from llama_worker._guide import Guide
-from llama_worker._kv_ops import apply, seat, take_checkpoints
+from llama_worker._kv_ops import apply, rewind, seat, take_checkpoints
 from llama_worker._logprobs import logprob_of
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
@@ -156,8 +156,7 @@ def _resync(loaded: Loaded, batch: Batch) -> None:
         # A state that cannot be cut back is corrupt after an abort, whatever length it claims.
         lost = keep < span.start or not loaded.engine.limits.can_trim
         if lost or not loaded.engine.seq_trim(span.seq, keep):
-            loaded.engine.seq_clear(span.seq)
-            keep = 0
+            keep = rewind(loaded, generation)
         loaded.scheduler.resync(generation, span, keep)
 
 

@@ -44,6 +44,14 @@ def seat(loaded: Loaded, generation: Generation, ops: Iterable[KVOp]) -> None:
     generation.cached = min(generation.cached or 0, generation.n_resident)
 
 
+def rewind(loaded: Loaded, generation: Generation) -> int:
+    """Its sequence is spoiled: go back to the last checkpoint, or to nothing. Returns how many tokens are left."""
+    slot = generation.slot
+    assert slot is not None
+    apply(loaded, [loaded.scheduler.cache.rewind(slot)])
+    return slot.n
+
+
 def take_checkpoints(loaded: Loaded, batch: Batch) -> None:
     """Save the sequences of `batch`, just decoded, that have come to a boundary of their prompts."""
     if not loaded.engine.limits.needs_checkpoints:

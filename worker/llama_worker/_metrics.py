@@ -142,6 +142,10 @@ class CacheMetrics:
     nobody, `kept` of them hold tokens that a next prompt may start from. `evictions` made room for others,
     at the cost of `evicted_tokens` that idle slots had kept. Of the `prompt_tokens` that were given slots,
     `reused_tokens` had their KV already.
+
+    `checkpoints` of `checkpoint_bytes` are what models that cannot trim may go back to; `checkpoints_dropped` had to
+    go for the budget's sake. `checkpoint_hits` prompts went back to one, which spared them `restored_tokens` (part of
+    the reused ones). `state_failures` states could not be saved or restored: the tokens were decoded instead.
     """
 
     cells: int = 0
@@ -154,6 +158,12 @@ class CacheMetrics:
     evicted_tokens: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    checkpoints_dropped: int = 0
+    checkpoint_hits: int = 0
+    restored_tokens: int = 0
+    state_failures: int = 0
 
     @property
     def reuse_ratio(self) -> float | None:

@@ -281,6 +281,10 @@ class PrefixCache:
         self.truncate(slot, 0)
         return Clear(slot.seq)
 
+    def rewind(self, slot: Slot) -> KVOp:
+        """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""
+        return self._go_back(slot, slot.checkpoints[-1].length if slot.checkpoints else 0)
+
     def wants_checkpoint(self, slot: Slot) -> bool:
         """Whether to save what `slot` holds now, so that it can be gone back to."""
         last = slot.checkpoints[-1].length if slot.checkpoints else 0
@@ -294,9 +298,9 @@ class PrefixCache:
         slot.checkpoints.append(checkpoint)
         self.checkpoints.hold([checkpoint])
         if len(slot.checkpoints) > MOST:
-            self._drop(least_valuable([slot.checkpoints], self._tick))
+            self._drop(least_valuable([slot.checkpoints], self._tick, checkpoint))
         while self.checkpoints.over_budget:
-            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick))
+            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick, checkpoint))
 
     def lost(self, seq: int) -> None:
         """The engine could not restore `seq`: it is empty."""

@@ -40,7 +40,7 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         return CacheMetrics()
     cache = loaded.scheduler.cache
     idle = [slot for slot in cache.slots if not slot.busy]
-    counts = cache.counts
+    counts, checkpoints = cache.counts, cache.checkpoints
     return CacheMetrics(
         cells=cache.cells.n,
         used=cache.cells.used,
@@ -52,6 +52,12 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         evicted_tokens=counts.evicted_tokens,
         prompt_tokens=counts.prompt_tokens,
         reused_tokens=counts.reused_tokens,
+        checkpoints=checkpoints.n,
+        checkpoint_bytes=checkpoints.n_bytes,
+        checkpoints_dropped=checkpoints.counts.dropped,
+        checkpoint_hits=checkpoints.counts.hits,
+        restored_tokens=checkpoints.counts.restored_tokens,
+        state_failures=checkpoints.counts.failed,
     )
 
 

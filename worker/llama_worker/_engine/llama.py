@@ -237,6 +237,7 @@ class _Generator:
         stack.callback(self.samplers.close)
         self._window = int(api.llama_model_n_swa(model))
         self._ends = [0] * self.n_seq
+        self._spoiled: dict[int, int] = {}  # sequences without a valid state, and how many tokens' other cells are
         self._rows: dict[int, Floats] = {}
         self._scan = RowScan()
         self._masks: Masks | None = None  # made when first needed
@@ -261,6 +262,8 @@ class _Generator:
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
         ends, outputs = self._checked(spans)
+        for seq in [span.seq for span in spans if span.seq in self._spoiled] if self._spoiled else ():
+            self._clear(seq)
         self._rows = {}  # the next call overwrites the logits, whatever comes of it
         self._batch.fill(spans)
         log = thread_log()
@@ -335,7 +338,11 @@ class _Generator:
 
     def seq_clear(self, seq: int) -> None:
         self._check_seq(seq)
+        self._clear(seq)
+
+    def _clear(self, seq: int) -> None:
         self._lib.short.llama_memory_seq_rm(self._memory, seq, -1, -1)
+        self._spoiled.pop(seq, None)
         self._ends[seq] = 0
 
     def seq_share(self, source: int, target: int, length: int) -> None:
@@ -377,7 +384,7 @@ class _Generator:
         short = self._lib.short
         if not saved.partial:
             self.seq_clear(seq)
-        elif self._ends[seq if donor is None else donor] < length:
+        elif (self._spoiled.get(seq, self._ends[seq]) if donor is None else self._ends[donor]) < length:
             raise StateError(f"a state of {length} tokens lacks their other cells")
         elif donor is not None:
             short.llama_memory_seq_cp(self._memory, donor, seq, 0, length)
@@ -386,6 +393,7 @@ class _Generator:
             raise StateError(f"what follows the {length} tokens could not be removed")
         if short.llama_memory_seq_pos_max(self._memory, seq) != length - 1:
             raise StateError(f"the state did not lead back to {length} tokens")
+        self._spoiled.pop(seq, None)
         self._ends[seq] = length
 
     def _checked(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
@@ -420,10 +428,13 @@ class _Generator:
         if code in (DecodeStatus.KV_FULL, DecodeStatus.INVALID):
             return
         for seq in {span.seq for span in spans}:
+            before = self._ends[seq]
             self._ends[seq] = self._lib.short.llama_memory_seq_pos_max(self._memory, seq) + 1
-            # A state that was half updated, or a window that lost cells, continues nothing.
+            # A state that was half updated, or a window that lost cells, continues nothing. The cells of what
+            # was there before are whole: a checkpoint among them can still be gone back to.
             if not self.can_trim or not self._window_holds(seq, self._ends[seq]):
-                self.seq_clear(seq)
+                self._ends[seq] = 0
+                self._spoiled[seq] = before
 
     def _window_holds(self, seq: int, length: int) -> bool:
         """Whether the cells that a token at `length` attends to are all there (sliding windows drop them)."""
