@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -22,12 +23,23 @@ HISTORY = "a long history of what was said " * 8
 ROUNDS = 400 if os.environ.get("LLAMA_WORKER_PROOF") else 40
 
 
-def hybrid(*, faults: list[Fault] | None = None, **config: object) -> Bench:
+def opened(kind: str, *, faults: list[Fault] | None = None, **config: object) -> Bench:
+    """A bench over a fake that trims ("plain"), goes back to checkpoints ("hybrid"), or trims what was never saved."""
     engines: list[FakeEngine] = []
-    loader = fake_loader(hybrid=True, faults=faults or [], seen=engines.append)
+
+    def seen(engine: FakeEngine) -> None:
+        engines.append(engine)
+        if kind == "window":
+            engine.limits = replace(engine.limits, can_trim_restored=False)
+
+    loader = fake_loader(hybrid=kind == "hybrid", faults=faults or [], seen=seen)
     bench = Bench(loader=loader, **{"n_ctx": 8192, "n_parallel": 3, **config}).load()
     bench.engines = engines
     return bench
+
+
+def hybrid(*, faults: list[Fault] | None = None, **config: object) -> Bench:
+    return opened("hybrid", faults=faults, **config)
 
 
 def turn(question: str, *answers: str, system: str = "you are a tool " * 10) -> list[Message]:
@@ -122,13 +134,24 @@ def test_a_budget_bounds_what_is_held():
     bench.settle(first)
     assert cache_metrics_of(bench.service).checkpoints == 0
     bench = hybrid(n_parallel=4, cache_ram=1)
-    bench.scheduler.cache.checkpoints.budget = 5000
+    set_budget(bench, 5000)
     for i in range(12):
         sink, _ = bench.ask(turn(f"{i}", f"{i}"))
         while not sink.is_answered:
             bench.step()
-            assert bench.scheduler.cache.checkpoints.n_bytes <= 5000
+            assert held(bench) <= 5000
     assert cache_metrics_of(bench.service).checkpoints_dropped > 0
+
+
+def set_budget(bench: Bench, budget: int) -> None:
+    cache = bench.scheduler.cache
+    cache.checkpoints.budget = cache.tier._budget = budget
+
+
+def held(bench: Bench) -> int:
+    """Bytes of saved states."""
+    cache = cache_metrics_of(bench.service)
+    return cache.checkpoint_bytes + cache.saved_bytes
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
@@ -150,8 +173,9 @@ def test_an_abort_costs_what_was_computed_since_the_last_checkpoint(cancelled: b
     assert sink.text == alone(turn("?"))
 
 
+@pytest.mark.parametrize("kind", ["plain", "window", "hybrid"])
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_storm_of_turns_cancels_evictions_and_failures(seed: int):
+def test_a_storm_of_turns_cancels_evictions_and_failures(kind: str, seed: int):
     """Too few cells and slots for all: books and engine agree after each step, and whoever finishes is right."""
     rng = random.Random(seed)
     faults = [
@@ -160,8 +184,9 @@ def test_a_storm_of_turns_cancels_evictions_and_failures(seed: int):
     ]
     faults += [Fault("decode", DecodeStatus.ABORTED, rng.randrange(1, 60)) for _ in range(rng.randrange(4))]
     n_cells = rng.choice([600, 900, 2000])
-    bench = hybrid(faults=faults, n_kv_cells=n_cells, n_ctx=600, n_ubatch=rng.choice([32, 64, 512]))
-    bench.scheduler.cache.checkpoints.budget = rng.choice([0, 4000, 10**6])
+    bench = opened(kind, faults=faults, n_kv_cells=n_cells, n_ctx=600, n_ubatch=rng.choice([32, 64, 512]))
+    budget = rng.choice([0, 4000, 10**6])
+    set_budget(bench, budget)
     if rng.random() < 0.3 and n_cells > 600:
         bench.engine.hidden_cells = 200
     systems = ["s" * 90, "t" * 150, ""]
@@ -174,7 +199,7 @@ def test_a_storm_of_turns_cancels_evictions_and_failures(seed: int):
         bench.step(rng.randrange(12))
         if rng.random() < 0.3:
             cancel.cancel()
-        assert bench.scheduler.cache.checkpoints.n_bytes <= bench.scheduler.cache.checkpoints.budget
+        assert held(bench) <= budget
     bench.settle(*[sink for _, sink in asked])
     for messages, sink in asked:
         assert isinstance(sink.terminal, Finished), sink.terminal

@@ -104,10 +104,10 @@ def test_eviction_cuts_the_tail_of_the_slot_used_longest_ago_and_keeps_shared_he
     first = fill(books, np.concatenate([system, run_of(500, 100)]))
     second = fill(books, np.concatenate([system, run_of(700, 100)]))
     assert books.cells.free == 100
-    assert books.evict(60) == Trim(first.slot.seq, 140)
+    assert books.evict(60) == (Trim(first.slot.seq, 140),)
     assert books.cells.free == 160
-    assert books.evict(10_000) == Trim(first.slot.seq, 100)
-    assert books.evict(10_000) == Trim(second.slot.seq, 100)
+    assert books.evict(10_000) == (Trim(first.slot.seq, 100),)
+    assert books.evict(10_000) == (Trim(second.slot.seq, 100),)
     books.check()
 
 
@@ -119,7 +119,7 @@ def test_what_only_idle_slots_share_can_be_evicted_too():
         fill(books, np.concatenate([system, agent, agent]))
     busy = fill(books, run_of(600, 20), give_back=False)
     promised = books.cells.free + books.evictable
-    while books.evict(50) is not None:
+    while books.evict(50):
         books.check()
     assert books.cells.free == promised == 400 - busy.slot.n
     assert books.evictable == 0
@@ -128,7 +128,7 @@ def test_what_only_idle_slots_share_can_be_evicted_too():
 def test_nothing_to_evict_is_said_so():
     books = cache()
     fill(books, run_of(0, 50), give_back=False)
-    assert books.evict(10) is None
+    assert books.evict(10) == ()
 
 
 def test_a_model_that_cannot_trim_reuses_a_slot_whole_or_not_at_all():
@@ -167,7 +167,7 @@ def test_books_hold_under_any_sequence_of_prompts(steps: list[tuple[int, int, in
         assert np.array_equal(loan.slot.tokens.view, prompt[: loan.reused])
         assert loan.reused < len(prompt)
         while books.cells.free < len(prompt) - loan.reused:
-            if books.evict(len(prompt)) is None:
+            if not books.evict(len(prompt)):
                 books.give_back(busy.pop(0))
         books.extend(loan.slot, prompt[loan.reused :])
         books.check()
@@ -231,12 +231,12 @@ def test_checkpoints_go_with_the_cells_they_need():
 def test_evicting_a_tail_spares_what_a_checkpoint_leads_back_to():
     books = forgetful()
     loan = serve(books, run_of(0, 300), 100, 200)
-    op = books.evict(20)
+    (op,) = books.evict(20)
     assert isinstance(op, Restore)
     assert (op.length, loan.slot.n) == (200, 200)
-    assert books.evict(20) is not None
+    assert books.evict(20)
     assert loan.slot.n == 100
-    assert books.evict(20) == Clear(loan.slot.seq)
+    assert books.evict(20) == (Clear(loan.slot.seq),)
     books.check()
 
 
@@ -327,7 +327,7 @@ def test_checkpoints_hold_under_any_sequence_of_prompts(steps: list[tuple[int, i
             if end <= loan.slot.n:
                 continue
             while books.cells.free < end - loan.slot.n:
-                if books.evict(100) is None:
+                if not books.evict(100):
                     books.give_back(busy.pop(0).slot)
             books.extend(loan.slot, prompt[loan.slot.n : end])
             if books.wants_checkpoint(loan.slot):

@@ -46,7 +46,8 @@ class ModelConfig(Settings):
     `model`: a path to a GGUF file, or `demo://smollm2-135m-instruct` / `demo://all-minilm-l6-v2`.
     `n_ctx`: tokens that one request may use, prompt and completion; 0 means the trained context.
     `n_parallel`: sequences decoded at once. `n_kv_cells`: tokens that all sequences share (default: n_ctx).
-    `cache_ram`: MiB of RAM for saved states: what models that cannot trim go back to. 0: none are saved.
+    `cache_ram`: MiB of RAM for saved states: of sequences that had to make room for others, and what models that
+    cannot trim go back to. 0: none are saved.
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.

@@ -132,14 +132,14 @@ def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> Non
 def _relieve(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
     """The engine has no room for `batch` although the books said so: evict, halve, preempt, start over, fail."""
     scheduler = loaded.scheduler
-    if (op := scheduler.cache.evict(batch.n_rows)) is not None:
-        apply(loaded, [op])
+    if freeing := scheduler.cache.evict(batch.n_rows):
+        apply(loaded, freeing)
         return batch
     if batch.n_rows > 1:
         return scheduler.plan(batch.n_rows // 2)
-    if (op := scheduler.preempt()) is not None:
+    if freeing := scheduler.preempt():
         service.meter.preemptions += 1
-        apply(loaded, [op])
+        apply(loaded, freeing)
         return scheduler.plan(1)
     if (op := scheduler.start_over()) is not None:
         apply(loaded, [op])

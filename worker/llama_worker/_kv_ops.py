@@ -1,4 +1,4 @@
-"""What the books decided, done to the engine; and checkpoints taken where a prompt has come to a boundary.
+"""What the books decided, done to the engine; and checkpoints, taken where a prompt has come to a boundary.
 
 Neither may cost a request. A state that cannot be restored leaves its sequence empty, which the books are
 told, so its tokens are decoded again; one that cannot be saved is not kept.
@@ -13,7 +13,7 @@ from typing import assert_never
 from llama_worker._engine.base import StateError
 from llama_worker._errors import GenerationError
 from llama_worker._generation import Generation
-from llama_worker._prefix_cache import Clear, KVOp, Restore, Share, Trim
+from llama_worker._prefix_cache import Clear, KVOp, Restore, Save, Share, Trim
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded
 
@@ -22,18 +22,22 @@ logger = logging.getLogger("llama_worker")
 
 def apply(loaded: Loaded, ops: Iterable[KVOp]) -> None:
     """Carry out `ops`, in order. Raises GenerationError when the engine cannot do what its limits promise."""
-    engine = loaded.engine
+    engine, cache = loaded.engine, loaded.scheduler.cache
     for op in ops:
         match op:
             case Clear(seq):
                 engine.seq_clear(seq)
             case Trim(seq, length):
-                if not engine.seq_trim(seq, length):
+                if engine.seq_end(seq) < length:  # a restore before this op failed
+                    cache.lost(seq)
+                elif not engine.seq_trim(seq, length):
                     raise GenerationError(f"the engine could not trim sequence {seq} to {length} tokens")
             case Share(source, target, length):
                 engine.seq_share(source, target, length)
             case Restore():
                 _restore(loaded, op)
+            case Save():
+                _save(loaded, op)
             case _:
                 assert_never(op)
 
@@ -73,6 +77,15 @@ def _take_checkpoint(loaded: Loaded, generation: Generation) -> None:
         cache.checkpoints.failed()
         return
     cache.keep_checkpoint(slot, state)
+
+
+def _save(loaded: Loaded, op: Save) -> None:
+    cache = loaded.scheduler.cache
+    try:
+        cache.keep_saved(op, loaded.engine.seq_save(op.seq))
+    except (StateError, MemoryError) as exc:
+        logger.warning("%d tokens are not kept: %s", len(op.tokens), exc)
+        cache.checkpoints.failed()
 
 
 def _restore(loaded: Loaded, op: Restore) -> None:

@@ -144,8 +144,10 @@ class CacheMetrics:
     `reused_tokens` had their KV already.
 
     `checkpoints` of `checkpoint_bytes` are what models that cannot trim may go back to; `checkpoints_dropped` had to
-    go for the budget's sake. `checkpoint_hits` prompts went back to one, which spared them `restored_tokens` (part of
-    the reused ones). `state_failures` states could not be saved or restored: the tokens were decoded instead.
+    go for the budget's sake. `checkpoint_hits` prompts went back to one. `saved` sequences of `saved_bytes` wait in RAM
+    for somebody who begins like them; `saved_dropped` had to go for the budget's sake, `saved_hits` times one came
+    back. Checkpoints and saved sequences spared `restored_tokens` (part of the reused ones). `state_failures` states
+    could not be saved or restored: their tokens were decoded instead.
     """
 
     cells: int = 0
@@ -162,6 +164,10 @@ class CacheMetrics:
     checkpoint_bytes: int = 0
     checkpoints_dropped: int = 0
     checkpoint_hits: int = 0
+    saved: int = 0
+    saved_bytes: int = 0
+    saved_dropped: int = 0
+    saved_hits: int = 0
     restored_tokens: int = 0
     state_failures: int = 0
 

@@ -1,7 +1,8 @@
 """Which sequence holds which tokens, and which of them a new prompt may start from.
 
 A Slot is a place: one llama.cpp seq_id and the tokens whose KV it holds. It outlives requests, so prefix
-reuse is the question which slot already holds most of a prompt. Three answers, in this order:
+reuse is the question which slot already holds most of a prompt. Three answers, in this order (and a fourth
+before them, where what was saved in RAM holds clearly more: see `_ram_tier`):
 
 1. take over: an idle slot that would be reused (nearly) whole is lent as it is, its tail trimmed;
 2. share: the prefix is copied into a slot of its own; in a unified KV cache the copy is free, the cells
@@ -36,6 +37,7 @@ from llama_worker._checkpoints import (
     within,
 )
 from llama_worker._engine.base import SavedState
+from llama_worker._ram_tier import WORTH_SAVING, Entry, RamTier
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 
 NEARLY_WHOLE = 32
@@ -72,7 +74,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Restore:
-    """Take `seq` back to its first `length` tokens, by what was saved there.
+    """Let `seq` hold the `length` tokens that `state` was saved of: its own first ones, if the state is partial.
 
     With `donor`, to that sequence's first tokens, whose cells the empty `seq` shares from now on. It may fail:
     then `seq` is empty, and the cache has to be told (`lost`).
@@ -84,7 +86,16 @@ class Restore:
     donor: int | None = None
 
 
-KVOp: TypeAlias = Clear | Trim | Share | Restore
+@dataclass(frozen=True, slots=True, eq=False)
+class Save:
+    """Keep what `seq` holds, these `tokens` with their `checkpoints`, before it is gone. It may fail."""
+
+    seq: int
+    tokens: TokenIds
+    checkpoints: tuple[Checkpoint, ...]
+
+
+KVOp: TypeAlias = Clear | Trim | Share | Restore | Save
 
 
 class Cells:
@@ -130,16 +141,18 @@ class Cells:
 class Slot:
     """One sequence and the tokens that it holds. `busy` while a generation has it.
 
-    `checkpoints`, in order, are places in these tokens that the sequence can go back to.
+    `checkpoints`, in order, are places in these tokens that the sequence can go back to. It cannot be trimmed to
+    less than `firm` tokens: of what was restored, a window may be there only as far as it was needed.
     """
 
-    __slots__ = ("busy", "cells", "checkpoints", "last_used", "seq", "tokens")
+    __slots__ = ("busy", "cells", "checkpoints", "firm", "last_used", "seq", "tokens")
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
         self.tokens = TokenBuffer()
         self.cells: list[int] = []
         self.checkpoints: list[Checkpoint] = []
+        self.firm = 0
         self.busy = False
         self.last_used = 0
 
@@ -187,6 +200,8 @@ class PrefixCache:
         can_trim: bool,
         can_share: bool,
         needs_checkpoints: bool = False,
+        can_save: bool = False,
+        can_trim_restored: bool = False,
         budget: int = 0,
     ) -> None:
         self.slots = [Slot(seq) for seq in range(n_seq)]
@@ -194,7 +209,9 @@ class PrefixCache:
         self._can_trim = can_trim
         self._can_share = can_share and can_trim
         self._needs_checkpoints = needs_checkpoints
+        self._can_trim_restored = can_trim_restored
         self.checkpoints = Checkpoints(budget if needs_checkpoints else 0)
+        self.tier = RamTier(budget if can_save else 0, self.checkpoints, can_trim=can_trim_restored)
         self._tick = 0
         self.counts = CacheCounts()
 
@@ -232,8 +249,6 @@ class PrefixCache:
         """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books."""
         loan = self._loan(prompt)
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
-        if any(isinstance(op, Restore) for op in loan.ops):
-            self.checkpoints.hit(loan.reused)
         return loan
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
@@ -250,6 +265,7 @@ class PrefixCache:
         self.cells.drop(slot.cells[length:])
         del slot.cells[length:]
         slot.tokens.truncate(length)
+        slot.firm = min(slot.firm, length)
         if slot.checkpoints:
             kept = count_within(slot.checkpoints, length)
             self.checkpoints.let_go(slot.checkpoints[kept:])
@@ -260,26 +276,34 @@ class PrefixCache:
         slot.busy = False
         self._touch(slot)
 
-    def evict(self, n_cells: int) -> KVOp | None:
+    def evict(self, n_cells: int) -> tuple[KVOp, ...]:
         """Free up to `n_cells` from the tail of the idle slot that was used longest ago.
 
         Heads are what others may start from, so they go last; and last of all, whole, those that only idle
-        slots share, which frees nothing until their last holder goes: ask again. None when `evictable` is 0.
+        slots share, which frees nothing until their last holder goes: ask again. Nothing when `evictable` is 0.
         """
         busy = self._held_by_busy()
         idle = [slot for slot in self.slots if not slot.busy and slot.n and not busy[slot.cells].all()]
         if not idle:
-            return None
+            return ()
         own = {slot.seq: self._own_cells(slot) for slot in idle}
         victim = min(idle, key=lambda slot: (own[slot.seq] == 0, slot.last_used))
         spared = self._reachable(victim, victim.n - min(n_cells, own[victim.seq])) if own[victim.seq] else 0
         self.counts = self.counts.with_eviction(victim.n - spared)
-        return self._go_back(victim, spared)
+        return (*self._saving(victim, own[victim.seq]), self._go_back(victim, spared))
 
     def forget(self, slot: Slot) -> KVOp:
         """The slot's contents are lost or wrong; it stays lent if it is."""
         self.truncate(slot, 0)
         return Clear(slot.seq)
+
+    def take_away(self, slot: Slot) -> tuple[KVOp, ...]:
+        """The slot is given to others, its contents saved; it stays lent if it is."""
+        return (*self._saving(slot, slot.n), self.forget(slot))
+
+    def keep_saved(self, op: Save, state: SavedState) -> None:
+        """`op` was carried out: `state` is what it asked for."""
+        self.tier.put(op.tokens, state, op.checkpoints, self._tick)
 
     def rewind(self, slot: Slot) -> KVOp:
         """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""
@@ -299,8 +323,12 @@ class PrefixCache:
         self.checkpoints.hold([checkpoint])
         if len(slot.checkpoints) > MOST:
             self._drop(least_valuable([slot.checkpoints], self._tick, checkpoint))
+        self._thin(checkpoint)
+
+    def _thin(self, newest: Checkpoint) -> None:
         while self.checkpoints.over_budget:
-            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick, checkpoint))
+            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick, newest))
+        self.tier.fit()
 
     def lost(self, seq: int) -> None:
         """The engine could not restore `seq`: it is empty."""
@@ -310,9 +338,11 @@ class PrefixCache:
     def check(self) -> None:
         """Assert that the books are consistent: every held cell is counted once per holder."""
         self._check_checkpoints()
+        self.tier.check()
         counted = np.zeros(self.cells.n, np.int32)
         for slot in self.slots:
             assert slot.n == len(slot.cells), f"{slot}: {len(slot.cells)} cells"
+            assert 0 <= slot.firm <= slot.n, f"{slot}: firm to {slot.firm}"
             assert len(set(slot.cells)) == len(slot.cells), f"{slot} holds a cell twice"
             counted[slot.cells] += 1
         assert np.array_equal(counted, self.cells.holders()), "holders differ from what the slots hold"
@@ -353,7 +383,7 @@ class PrefixCache:
     def _reachable(self, slot: Slot, length: int) -> int:
         """How many of the first `length` tokens of `slot` can be gone back to, or shared."""
         if self._can_trim:
-            return length
+            return length if length >= slot.firm else 0
         checkpoint = within(slot.checkpoints, length)
         return checkpoint.length if checkpoint is not None else 0
 
@@ -385,6 +415,11 @@ class PrefixCache:
 
     def _loan(self, prompt: TokenIds) -> Loan:
         donor, length = self.match(prompt)
+        entry, saved = self.tier.find(prompt)
+        if entry is not None and saved - length >= WORTH_SAVING:
+            loan = self._recall(entry, saved)
+            if loan is not None:
+                return loan
         if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
             return self._take_over(donor, length)
         if donor is not None and (self._can_share or self._needs_checkpoints) and length >= WORTH_SHARING:
@@ -398,15 +433,49 @@ class PrefixCache:
         return self._take_over(slot, 0)
 
     def _take_over(self, slot: Slot, length: int) -> Loan:
-        ops = (self._go_back(slot, length),) if length < slot.n else ()
+        if length == slot.n:
+            return self._lent(slot, length, ())
+        ops = (*self._saving(slot, slot.n - length), self._go_back(slot, length))
+        if isinstance(ops[-1], Restore):
+            self.checkpoints.hit(length)
         return self._lent(slot, length, ops)
 
+    def _recall(self, entry: Entry, length: int) -> Loan | None:
+        """A slot that holds the first `length` tokens of `entry`; None where there are not cells for it whole."""
+        if entry.n > self.cells.free + self.evictable:
+            return None
+        slot = self._cheapest_idle()
+        assert slot is not None, "lend() needs an idle slot"
+        ops = list(self.take_away(slot)) if slot.n else []
+        while self.cells.free < entry.n:
+            ops += self.evict(entry.n - self.cells.free)
+        self.extend(slot, entry.tokens)
+        slot.checkpoints.extend(entry.checkpoints)
+        self.checkpoints.hold(slot.checkpoints)
+        slot.firm = 0 if self._can_trim_restored else entry.n
+        self.tier.used(entry, length, self._tick)
+        ops.append(Restore(slot.seq, entry.n, entry.state))
+        if length < entry.n:
+            ops.append(self._go_back(slot, length))
+        if slot.checkpoints:
+            self._thin(slot.checkpoints[-1])
+        return self._lent(slot, length, tuple(ops))
+
+    def _saving(self, slot: Slot, n_lost: int) -> tuple[KVOp, ...]:
+        """Keep what `slot` holds before `n_lost` of its tokens go, where that is worth it and nobody else has them."""
+        tokens = slot.tokens.view
+        if n_lost < WORTH_SAVING or not self.tier.wants(tokens):
+            return ()
+        if any(common_prefix(other.tokens.view, tokens) == slot.n for other in self.slots if other is not slot):
+            return ()
+        return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints)),)
+
     def _share(self, donor: Slot, target: Slot, length: int) -> Loan:
-        ops: tuple[KVOp, ...] = (Clear(target.seq),) if target.n else ()
-        self.truncate(target, 0)
+        ops = self.take_away(target) if target.n else ()
         target.tokens.extend(donor.tokens.part(0, length))
         target.cells.extend(donor.cells[:length])
         self.cells.hold(target.cells)
+        target.firm = min(donor.firm, length)
         target.checkpoints.extend(donor.checkpoints[: count_within(donor.checkpoints, length)])
         self.checkpoints.hold(target.checkpoints)
         self._touch(donor)
@@ -415,6 +484,7 @@ class PrefixCache:
     def _copied(self, donor: Slot, target: Slot, length: int) -> KVOp:
         if self._can_share:
             return Share(donor.seq, target.seq, length)
+        self.checkpoints.hit(length)
         return Restore(target.seq, length, self._checkpoint(donor, length).state, donor.seq)
 
     def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...]) -> Loan:

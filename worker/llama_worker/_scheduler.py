@@ -13,6 +13,7 @@ one system prompt compute it once, also when they start at the same moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -53,6 +54,8 @@ class Scheduler:
             can_trim=limits.can_trim,
             can_share=limits.can_share,
             needs_checkpoints=limits.needs_checkpoints,
+            can_save=limits.can_save,
+            can_trim_restored=limits.can_trim_restored,
             budget=budget,
         )
         self._limits = limits
@@ -82,12 +85,12 @@ class Scheduler:
         self.waiting.append(generation)
         return generation
 
-    def admit(self, *, newcomers: bool = True) -> list[tuple[Generation, tuple[KVOp, ...]]]:
-        """Give slots to those who wait, first come first served, and say what the engine must do.
+    def admit(self, *, newcomers: bool = True) -> Iterator[tuple[Generation, tuple[KVOp, ...]]]:
+        """Give slots to those who wait, first come first served, and say what the engine must do: each time
+        before the next is asked for, for not everything that is to be done succeeds.
 
         Without `newcomers` only to those who were preempted.
         """
-        admitted = []
         for generation in [g for g in self.waiting if newcomers or g.has_begun]:
             if not self.cache.has_idle or not self._fits(generation):
                 break
@@ -99,8 +102,7 @@ class Scheduler:
                 generation.cached = loan.reused
             self.running.append(generation)
             self.waiting.remove(generation)
-            admitted.append((generation, loan.ops))
-        return admitted
+            yield generation, loan.ops
 
     @property
     def is_short_of_cells(self) -> bool:
@@ -115,10 +117,10 @@ class Scheduler:
         """
         ops: list[KVOp] = []
         wanted = min(sum(g.n_left for g in self.running), self._limits.n_ubatch)
-        while self.cache.cells.free < wanted and (op := self.cache.evict(wanted - self.cache.cells.free)):
-            ops.append(op)
-        while self.cache.cells.free < self._least_rows() and (op := self.preempt()):
-            ops.append(op)
+        while self.cache.cells.free < wanted and (freeing := self.cache.evict(wanted - self.cache.cells.free)):
+            ops += freeing
+        while self.cache.cells.free < self._least_rows() and (freeing := self.preempt()):
+            ops += freeing
         return ops
 
     def plan(self, most_rows: int | None = None) -> Batch | None:
@@ -162,22 +164,22 @@ class Scheduler:
             if generation in group:
                 group.remove(generation)
 
-    def preempt(self) -> KVOp | None:
+    def preempt(self) -> tuple[KVOp, ...]:
         """Take the slot of the youngest running generation, which waits again, first in line.
 
-        None when only one runs: there is nobody to make room for.
+        Nothing when only one runs: there is nobody to make room for.
         """
         if len(self.running) < 2:
-            return None
+            return ()
         youngest = max(self.running, key=lambda g: g.order)
         slot = youngest.slot
         assert slot is not None
-        op = self.cache.forget(slot)
+        ops = self.cache.take_away(slot)
         self.cache.give_back(slot)
         self.waiting.insert(0, youngest)
         youngest.slot = None
         self.running.remove(youngest)
-        return op
+        return ops
 
     def start_over(self) -> KVOp | None:
         """Let the only generation left compute its tokens again in an empty cache, where it is known to fit.

@@ -40,7 +40,7 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         return CacheMetrics()
     cache = loaded.scheduler.cache
     idle = [slot for slot in cache.slots if not slot.busy]
-    counts, checkpoints = cache.counts, cache.checkpoints
+    counts, checkpoints, tier = cache.counts, cache.checkpoints, cache.tier
     return CacheMetrics(
         cells=cache.cells.n,
         used=cache.cells.used,
@@ -56,7 +56,11 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         checkpoint_bytes=checkpoints.n_bytes,
         checkpoints_dropped=checkpoints.counts.dropped,
         checkpoint_hits=checkpoints.counts.hits,
-        restored_tokens=checkpoints.counts.restored_tokens,
+        saved=len(tier.entries),
+        saved_bytes=tier.n_bytes,
+        saved_dropped=tier.counts.dropped,
+        saved_hits=tier.counts.hits,
+        restored_tokens=checkpoints.counts.restored_tokens + tier.counts.restored_tokens,
         state_failures=checkpoints.counts.failed,
     )
 

@@ -209,7 +209,8 @@ class Engine(Protocol):
         """Let `seq` hold the `length` tokens that `state` was saved of, and nothing else. Blocks (a copy).
 
         A whole state replaces what `seq` holds. A partial state is put over the first `length` tokens that `seq`
-        holds (or held before the last decode, if that was aborted or failed), or, with `donor`, over those of the donor, which the empty `seq` shares with it from now on.
+        holds (or held before the last decode, if that was aborted or failed), or, with `donor`, over those of the
+        donor, which the empty `seq` shares with it from now on.
 
         Raises ValueError for misuse. Raises StateError for a state that is damaged, another engine's, or not of
         `length` tokens, and when there is no room: then `seq` is empty.

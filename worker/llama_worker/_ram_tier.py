@@ -1,0 +1,124 @@
+"""RamTier: sequences that lost their cells, kept as bytes until somebody begins with the same tokens.
+
+Cells and slots are few, agents are many. What eviction or preemption takes away is saved whole before, with
+the checkpoints that it has, and found again by its longest common prefix with a prompt. It takes a copy to
+come back, not a prefill.
+
+The tier and the checkpoints share one budget of bytes; checkpoints come first. The entry that was used longest
+ago goes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llama_worker._checkpoints import Checkpoint, Checkpoints, within
+from llama_worker._engine.base import SavedState
+from llama_worker._tokens import TokenIds, common_prefix
+
+WORTH_SAVING = 128
+"""Fewer tokens are decoded again as quickly."""
+
+MOST = 256
+"""Entries: all are looked at for each prompt."""
+
+
+class Entry:
+    """A sequence of `tokens`, whole; `checkpoints`, in order, are places in it."""
+
+    __slots__ = ("checkpoints", "last_used", "n_bytes", "state", "tokens")
+
+    def __init__(self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int) -> None:
+        self.tokens = tokens
+        self.state = state
+        self.checkpoints = checkpoints
+        self.n_bytes = state.nbytes + tokens.nbytes + sum(checkpoint.state.nbytes for checkpoint in checkpoints)
+        self.last_used = now
+
+    @property
+    def n(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"<Entry of {self.n} tokens: {self.n_bytes} bytes>"
+
+
+@dataclass(frozen=True, slots=True)
+class TierCounts:
+    """What the tier was good for. Replaced as a whole: any thread may look."""
+
+    saved: int = 0
+    dropped: int = 0
+    hits: int = 0
+    restored_tokens: int = 0
+
+
+class RamTier:
+    """The saved sequences of one context. The worker thread's.
+
+    `can_trim`: a restored sequence can be cut to any length; otherwise to its checkpoints.
+    """
+
+    def __init__(self, budget: int, checkpoints: Checkpoints, *, can_trim: bool) -> None:
+        self.entries: list[Entry] = []
+        self.n_bytes = 0
+        self.counts = TierCounts()
+        self._budget, self._checkpoints = budget, checkpoints
+        self._can_trim = can_trim
+        self._bytes_of_token = 0.0
+
+    @property
+    def budget(self) -> int:
+        """Bytes that all entries together may be now."""
+        return max(0, self._budget - self._checkpoints.n_bytes)
+
+    def wants(self, tokens: TokenIds) -> bool:
+        """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
+        budget = self.budget
+        if not budget or len(tokens) < WORTH_SAVING or len(tokens) * self._bytes_of_token > budget:
+            return False
+        return not any(common_prefix(entry.tokens, tokens) == len(tokens) for entry in self.entries)
+
+    def put(self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int) -> None:
+        """Keep a sequence. What is a beginning of it is here no longer; the oldest make room."""
+        entry = Entry(tokens, state, checkpoints, now)
+        self._bytes_of_token = state.nbytes / len(tokens)
+        self._keep([old for old in self.entries if common_prefix(old.tokens, tokens) < old.n] + [entry])
+        self.counts = replace(self.counts, saved=self.counts.saved + 1)
+        self.fit()
+
+    def fit(self) -> None:
+        """Drop the oldest until the budget holds."""
+        while self.n_bytes > self.budget or len(self.entries) > MOST:
+            oldest = min(self.entries, key=lambda entry: entry.last_used)
+            self._keep([entry for entry in self.entries if entry is not oldest])
+            self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+
+    def find(self, prompt: TokenIds) -> tuple[Entry | None, int]:
+        """The entry that leads to the longest beginning of `prompt`, and its length; at most len(prompt) - 1."""
+        best, longest = None, 0
+        for entry in self.entries:
+            length = self._usable(entry, min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
+            if length > longest:
+                best, longest = entry, length
+        return best, longest
+
+    def used(self, entry: Entry, n_tokens: int, now: int) -> None:
+        entry.last_used = now
+        counts = self.counts
+        self.counts = replace(counts, hits=counts.hits + 1, restored_tokens=counts.restored_tokens + n_tokens)
+
+    def check(self) -> None:
+        """Assert that the bytes add up and are within the budget."""
+        assert self.n_bytes == sum(entry.n_bytes for entry in self.entries), "bytes of entries differ"
+        assert self.n_bytes <= self.budget, f"{self.n_bytes} bytes of entries"
+
+    def _usable(self, entry: Entry, length: int) -> int:
+        if length == entry.n or self._can_trim:
+            return length
+        checkpoint = within(entry.checkpoints, length)
+        return checkpoint.length if checkpoint is not None else 0
+
+    def _keep(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.n_bytes = sum(entry.n_bytes for entry in entries)
