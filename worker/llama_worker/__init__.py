@@ -7,11 +7,13 @@ The house, from the outside in:
     _batch         many prompts in one call; _state a worker as JSON
     _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
     _channel       the bounded way to the worker thread; _commands is what travels on it, _fairness whose turn it is
-    _loop          the worker thread, with _decoding, _embedding and _reloading: the only callers of an engine
+    _loop          the worker thread, with _decoding, _kv_ops, _embedding and _reloading: the only callers of an engine
     _service       what that thread works with
     _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
+    _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
+    _ram_tier      what was evicted, kept as bytes
     _reply         token -> text -> events; _streams is where the caller reads them
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
     _constraint/   tools and schemas as a grammar, and the tokens that it allows next

@@ -1,7 +1,7 @@
 """The worker thread: run() serves commands until Shutdown; step() is one round of it.
 
 Both are plain functions over a Service, so that tests can drive every step without a thread. Only this
-module and the three that it calls (_decoding, _embedding, _reloading) touch an Engine.
+module and those that it calls (_decoding with _kv_ops, _embedding, _reloading) touch an Engine.
 
 A fault of one request (its sampler, its text) becomes that request's Failed. An error code of the engine
 fails the requests of that batch. An exception of the engine ends the loop, and everyone is answered with

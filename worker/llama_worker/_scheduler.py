@@ -206,7 +206,7 @@ class Scheduler:
 
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""
-        by_checkpoint = self._limits.needs_checkpoints
+        by_checkpoint = self._limits.needs_checkpoints and self.cache.checkpoints.has_room
         if not (self._limits.can_share or by_checkpoint) or not self.running:
             return False
         prompt = generation.tokens.view

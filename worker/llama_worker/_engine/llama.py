@@ -247,14 +247,13 @@ class _Generator:
         # busy Python thread keeps for 5 ms; a CPU is done by then.
         self._is_async: bool = api.llama_supports_gpu_offload()
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
-        self.can_trim = False  # until the memory has shown that it can
+        self._states = ContextStates(lib, self._context, _state_mark(config, info))
+        self.can_trim = self.can_save = self.needs_checkpoints = False  # until the memory has shown that it can
         self.can_trim = self._probe_trim() and not stateful
         drops = bool(self._window) and not config.swa_full
         # A window that drops cells can go back a little, but nobody can count on it.
         self.can_trim_anywhere = self.can_trim and not drops
         self.can_share = not stateful and not drops
-        self._states = ContextStates(lib, self._context, _state_mark(config, info))
-        self.can_save = self._probe_save()
         self.can_trim_restored = self.can_save and self.can_trim and not self._window
         self.needs_checkpoints = self.can_save and not self.can_trim_anywhere and self._probe_checkpoint()
         self.seq_clear(0)
@@ -444,38 +443,38 @@ class _Generator:
         return first <= max(0, length - self._window)
 
     def _probe_trim(self) -> bool:
-        """Ask the memory itself: decode two tokens and take one away."""
-        probe = Span(seq=0, start=0, tokens=np.zeros(2, np.int32), output=True)
-        if self.decode([probe]) != DecodeStatus.OK:
-            raise ModelLoadError("the model does not compute: decoding two tokens failed")
+        """Ask the memory itself: decode two tokens and take one away. Save them first, and read them back."""
+        self._probe_decode(2)
+        self.can_save = self._probe_restore(partial=False)
+        if not self.can_save:
+            self._probe_decode(2)
         trimmed = bool(self._lib.short.llama_memory_seq_rm(self._memory, 0, 1, -1))
-        self._ends[0] = 0
-        self._rows = {}
+        self.seq_clear(0)
         return trimmed
-
-    def _probe_save(self) -> bool:
-        """Save two tokens, whole, and read them back."""
-        self.can_save = True
-        return self._succeeds(partial=False, rows=0)
 
     def _probe_checkpoint(self) -> bool:
         """Save two tokens, partially, and come back to them from a third."""
         self.needs_checkpoints = True
-        return self._succeeds(partial=True, rows=1)
+        self._probe_decode(2)
+        return self._probe_restore(partial=True)
 
-    def _succeeds(self, *, partial: bool, rows: int) -> bool:
-        self.seq_clear(0)
+    def _probe_restore(self, *, partial: bool) -> bool:
+        self.can_save = True
+        length = self._ends[0]
         try:
-            self.decode([Span(0, 0, np.zeros(2, np.int32), True)])
             state = self.seq_save(0, partial=partial)
-            if rows:
-                self.decode([Span(0, 2, np.zeros(rows, np.int32), True)])
-            self.seq_restore(0, state, 2, None)
+            if partial:
+                self._probe_decode(1)
+            self.seq_restore(0, state, length, None)
         except StateError:
             return False
-        finally:
-            self._rows = {}
         return True
+
+    def _probe_decode(self, n_tokens: int) -> None:
+        tokens = np.zeros(n_tokens, np.int32)
+        if self.decode([Span(seq=0, start=self._ends[0], tokens=tokens, output=True)]) != DecodeStatus.OK:
+            raise ModelLoadError("the model does not compute: decoding two tokens failed")
+        self._rows = {}
 
     def _logits(self) -> list[Floats]:
         """Views of the output buffer: one row of logits for each output of the last decode, in its order."""
