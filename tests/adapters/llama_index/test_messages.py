@@ -99,10 +99,39 @@ def test_a_call_comes_in_many_forms(message: ChatMessage) -> None:
     assert to_core([message]) == [Message(role="assistant", content="", tool_calls=(ADD,))]
 
 
-def test_a_call_that_is_not_whole_is_refused() -> None:
-    half = {**OPENAI, "function": {"name": "add", "arguments": '{"a": '}}
-    with pytest.raises(InvalidRequestError, match="arguments"):
-        to_core([ChatMessage(role="assistant", additional_kwargs={"tool_calls": [half]})])
+@pytest.mark.parametrize(
+    ("written", "tried"),
+    [
+        ('{"a": 2, "b": "x', {"a": 2, "b": "x"}),
+        ('{"a": 2, "b', {"a": 2}),
+        ('{"a": ', {}),
+        ("{", {}),
+        ("", {}),
+        (" ", {}),
+        ('"', {}),
+        ("nothing", {"arguments": "nothing"}),
+        ("[1]", {"arguments": "[1]"}),
+        ("{'a': 2}", {"arguments": "{'a': 2}"}),
+    ],
+)
+def test_a_call_that_was_cut_off_shows_what_was_tried(written: str, tried: dict[str, object]) -> None:
+    """Another integration stored it, and the conversation has to go on."""
+    half = ToolCallBlock(tool_call_id="1", tool_name="add", tool_kwargs=written)
+    openai = {**OPENAI, "function": {"name": "add", "arguments": written}}
+    told = ChatMessage(role="assistant", additional_kwargs={"tool_calls": [openai]})
+    for message in (ChatMessage(blocks=[half], role="assistant"), told):
+        assert to_core([message])[0].tool_calls == (ToolCall(id="1", name="add", arguments=tried),)
+
+
+def test_a_call_may_be_cut_off_in_its_name() -> None:
+    half = ChatMessage(blocks=[ToolCallBlock(tool_name="", tool_kwargs="")], role="assistant")
+    assert to_core([half])[0].tool_calls == (ToolCall(id="call_0", name="unknown", arguments={}),)
+
+
+def test_arguments_may_be_nested_deeper_than_anyone_reads() -> None:
+    deep = '{"a":' * 100_000
+    half = ChatMessage(blocks=[ToolCallBlock(tool_name="add", tool_kwargs=deep)], role="assistant")
+    assert to_core([half])[0].tool_calls[0].arguments == {"arguments": deep}
 
 
 @pytest.mark.parametrize("entry", ["add", 7, {}, {"function": {"arguments": "{}"}}, {"name": "f", "arguments": 3}])

@@ -1,5 +1,6 @@
 """Objects of a class as replies: the schema in the prompt, held to while it is sampled, read whole and in pieces."""
 
+import json
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,10 +12,11 @@ from llama_index.core.program.utils import FlexibleModel
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.llama_worker import LlamaWorkerLLM, UnusableReply
+from llama_index.llms.llama_worker._schemas import demanded
 from llama_index.llms.llama_worker._structured import Growing, keywords_for, whole, with_schema
 from pydantic import BaseModel, Field, RootModel, field_validator
 
-from llama_worker import InvalidRequestError, ResponseFormat, cancel_scope
+from llama_worker import InvalidOutputError, InvalidRequestError, ResponseFormat, cancel_scope
 
 from .conftest import Recorder
 from .scripts import SONG, Song, call, scripted, thought
@@ -151,6 +153,64 @@ async def test_fields_go_by_their_aliases(ask: Ask) -> None:
         assert (await ask(llm, Aliased))[-1] == Aliased(songTitle="Yesterday", singers=["Paul"])
 
 
+class Tagged(BaseModel):
+    """Sets, at the top and below."""
+
+    tags: set[str]
+    others: list[frozenset[int]] = Field(default_factory=list)
+    uniqueItems: bool = False
+
+
+TWICE = '{"tags": ["old", "old", "sad"], "others": [[1, 1]], "uniqueItems": true}'
+ONCE = Tagged(tags={"old", "sad"}, others=[frozenset({1})], uniqueItems=True)
+
+
+@every_way
+@pytest.mark.parametrize("mode", [PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION])
+async def test_what_is_told_twice_is_in_a_set_once(ask: Ask, mode: PydanticProgramMode) -> None:
+    reply = TWICE if mode == PydanticProgramMode.DEFAULT else call("Tagged", **json.loads(TWICE))
+    with scripted(reply, pydantic_program_mode=mode) as llm:
+        assert (await ask(llm, Tagged))[-1] == ONCE
+
+
+@every_way
+async def test_a_set_that_is_too_small_is_none(ask: Ask) -> None:
+    class Pair(BaseModel):
+        tags: set[str] = Field(min_length=2)
+
+    with scripted('{"tags": ["old", "old"]}') as llm, pytest.raises(UnusableReply, match="too_short in tags"):
+        await ask(llm, Pair)
+
+
+@every_way
+@pytest.mark.parametrize("twice", [(), ("old",)])
+async def test_uniqueness_that_a_class_does_not_mend_is_checked(ask: Ask, twice: tuple[str, ...]) -> None:
+    class Listed(BaseModel):
+        tags: list[str] = Field(json_schema_extra={"uniqueItems": True})
+
+    with scripted(json.dumps({"tags": ["old", *twice]})) as llm:
+        if not twice:
+            assert (await ask(llm, Listed))[-1] == Listed(tags=["old"])
+            return
+        with pytest.raises(InvalidOutputError, match="uniqueItems"):
+            await ask(llm, Listed)
+
+
+def test_a_users_own_schema_is_checked_whole() -> None:
+    schema = Tagged.model_json_schema()
+    own = {"type": "json_schema", "json_schema": {"name": "Tagged", "schema": schema}}
+    with scripted(TWICE) as llm, pytest.raises(InvalidOutputError, match="uniqueItems"):
+        llm.chat([ChatMessage("Tags, please.")], response_format=own)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_structured_llm_makes_sets() -> None:
+    with scripted(TWICE) as llm:
+        structured = llm.as_structured_llm(Tagged)
+        assert structured.chat([ChatMessage("Tags, please.")]).raw == ONCE
+        assert [*structured.stream_chat([ChatMessage("Tags, please.")])][-1].raw == ONCE
+
+
 @every_stream
 async def test_a_cancelled_stream_just_ends(ask: Ask) -> None:
     with scripted(JSON) as llm, cancel_scope() as scope:
@@ -227,6 +287,30 @@ def test_closing_a_stream_closes_what_is_beneath() -> None:
 def test_the_format_of_a_class_is_one_that_the_worker_takes() -> None:
     format = ResponseFormat.model_validate(keywords_for(Song, None)["response_format"])
     assert (format.type, format.json_schema) == ("json_schema", Song.model_json_schema())
+
+
+class Described(Tagged):
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:  # type: ignore[override]
+        return {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+
+
+class Renamed(Tagged):
+    """Sets, at the top and below."""
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().model_json_schema(*args, **kwargs), "title": "Another"}
+
+
+def test_a_class_demands_its_schema_but_for_its_sets() -> None:
+    """A field may have the keyword's name; a class may describe itself."""
+    schema = Tagged.model_json_schema()
+    assert schema["properties"]["tags"].pop("uniqueItems")
+    assert schema["properties"]["others"]["items"].pop("uniqueItems")
+    assert demanded(Tagged) == schema
+    assert demanded(Renamed) == {**schema, "title": "Another"}
+    assert demanded(Described) == Described.model_json_schema()
 
 
 def test_the_schema_is_told_once_and_the_messages_stay_as_they_were() -> None:

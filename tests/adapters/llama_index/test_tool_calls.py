@@ -9,6 +9,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, Thinking
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.llama_worker import LlamaWorkerLLM, UnusableReply
+from pydantic import BaseModel
 
 from llama_worker import InvalidRequestError, InvalidToolCall
 from llama_worker.testing import fake_worker
@@ -112,6 +113,38 @@ async def test_arguments_are_what_the_schema_wants(ask: Ask) -> None:
     with scripted(call("generate_song", title=7, year="soon")) as llm:
         [(name, kwargs)] = called(llm, (await ask(llm, **SONGS, tool_required=True))[-1])
         assert (name, bool(Song(**kwargs))) == ("generate_song", True)
+
+
+@every_way
+async def test_a_tool_may_be_a_function(ask: Ask) -> None:
+    """An agent takes it for one."""
+    with scripted(SING) as llm:
+        assert called(llm, (await ask(llm, tools=[generate_song], user_msg="x"))[-1]) == [("generate_song", SONG)]
+        chat = llm.chat([ChatMessage("x")], tools=[generate_song])
+        assert called(llm, chat) == [("generate_song", SONG)]
+
+
+class Tags(BaseModel):
+    tags: set[str]
+
+
+@every_way
+async def test_what_is_told_twice_is_in_a_set_once(ask: Ask) -> None:
+    tool = FunctionTool.from_defaults(lambda tags: str(len(tags)), name="tag", description="", fn_schema=Tags)
+    with scripted(call("tag", tags=["old", "old"])) as llm:
+        last = (await ask(llm, tools=[tool], user_msg="x"))[-1]
+        [(name, kwargs)] = called(llm, last)
+        assert (name, Tags(**kwargs)) == ("tag", Tags(tags={"old"}))
+
+
+@pytest.mark.parametrize("written", ['{"title": "Yest', "{", "", "nothing"])
+def test_a_conversation_goes_on_after_a_call_that_another_cut_off(written: str) -> None:
+    cut = ToolCallBlock(tool_call_id="1", tool_name="generate_song", tool_kwargs=written)
+    history = [ChatMessage("A song."), ChatMessage(blocks=[cut], role="assistant"), ChatMessage("Well?")]
+    with scripted("I was cut off.") as llm:
+        assert llm.chat(history).message.content == "I was cut off."
+        assert llm.chat_with_tools([SONG_TOOL], chat_history=history).message.content == "I was cut off."
+    assert cut.tool_kwargs == written
 
 
 @every_way
@@ -254,6 +287,12 @@ async def test_a_prediction_is_called(run: Callable[..., Awaitable[Any]]) -> Non
         answer = await run(llm, [SONG_TOOL], "A song, please.")
         assert answer.response == "Yesterday (1965)"
         assert [source.tool_name for source in answer.sources] == ["generate_song"]
+
+
+@both
+async def test_a_function_is_called(run: Callable[..., Awaitable[Any]]) -> None:
+    with scripted(SING) as llm:
+        assert (await run(llm, [generate_song], "A song, please.")).response == "Yesterday (1965)"
 
 
 @both

@@ -1,15 +1,20 @@
 """Tools, choices and calls, translated."""
 
 import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock, TextBlock, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.tools import FunctionTool
+from llama_index.core.tools import FunctionTool, ToolMetadata
 from llama_index.llms.llama_worker import LlamaWorkerLLM, UnusableReply
 from llama_index.llms.llama_worker._tools import calls_of, core_choice, core_tools, openai_tool, wanted_choice
+from pydantic import BaseModel
 
 from llama_worker import InvalidRequestError, LlamaWorkerError, ToolName, ToolSpec
+from llama_worker.testing import Gate
 
 from .conftest import HELLO
 
@@ -50,8 +55,61 @@ def test_a_tool_without_a_schema_takes_one_text() -> None:
 def test_tools_come_in_the_frameworks_form_or_in_ours() -> None:
     ours = ToolSpec(name="f")
     assert core_tools([ADD, ours, {"name": "g"}]) == [openai_tool(ADD), ours, {"name": "g"}]
-    with pytest.raises(InvalidRequestError, match="BaseTool"):
-        core_tools([add])
+
+
+def test_of_a_function_a_tool_is_made_as_agents_do(llm: LlamaWorkerLLM) -> None:
+    assert core_tools([add]) == [openai_tool(ADD)]
+    assert llm._prepare_chat_with_tools([add], "Hello")["tools"] == [openai_tool(ADD)]
+
+
+def wait(gate: Gate) -> None:
+    """Its argument is of a class that no JSON becomes."""
+
+
+@pytest.mark.parametrize("tool", [7, "add", None, object(), partial(add, 1), wait])
+def test_what_is_no_tool_is_refused(tool: Any, llm: LlamaWorkerLLM) -> None:
+    for ask in (llm.chat_with_tools, llm.stream_chat_with_tools, llm.predict_and_call):
+        with pytest.raises(InvalidRequestError, match="a BaseTool"):
+            ask([tool], "Hello")
+    with pytest.raises(InvalidRequestError, match="a BaseTool"):
+        llm.chat(HELLO, tools=[tool])
+
+
+def test_arguments_that_no_schema_describes_are_refused(llm: LlamaWorkerLLM) -> None:
+    def later(then: Callable[[], None]) -> None: ...
+
+    for tool in (later, FunctionTool.from_defaults(later)):
+        with pytest.raises(InvalidRequestError, match=r"later.*fn_schema"):
+            llm.chat_with_tools([tool], "Hello")
+
+
+def test_what_is_run_here_is_a_tool_or_a_function(llm: LlamaWorkerLLM) -> None:
+    for tool in (ToolSpec(name="f"), {"name": "f"}):
+        assert len(llm._prepare_chat_with_tools([tool], "Hello")["tools"]) == 1  # type: ignore[list-item]
+        with pytest.raises(InvalidRequestError, match="called here"):
+            llm.predict_and_call([tool], "Hello")  # type: ignore[list-item]
+
+
+class Tagged(BaseModel):
+    tags: set[str]
+    others: list[frozenset[int]]
+
+
+def test_a_set_may_be_told_with_an_element_twice() -> None:
+    """Its class makes one of it. A schema that is no class's own stays as it is."""
+
+    class Raw(ToolMetadata):
+        def get_parameters_dict(self) -> dict[str, Any]:
+            return Tagged.model_json_schema()
+
+    tool = FunctionTool.from_defaults(add, fn_schema=Tagged)
+    assert "uniqueItems" in str(tool.metadata.get_parameters_dict())
+    assert "uniqueItems" not in str(openai_tool(tool))
+    assert openai_tool(tool)["function"]["parameters"].keys() == tool.metadata.get_parameters_dict().keys()
+    raw = FunctionTool(add, Raw(name="add", description="", fn_schema=Tagged))
+    own = {"name": "add", "parameters": Tagged.model_json_schema()}
+    assert "uniqueItems" in str(openai_tool(raw))
+    assert core_tools([own]) == [own]
 
 
 @pytest.mark.parametrize("tools", [7, "add", {"name": "add"}, True])

@@ -38,7 +38,7 @@ _NOT_SAID = (CachePoint, ThinkingBlock, ToolCallBlock)
 def to_core(messages: Sequence[ChatMessage]) -> list[Message]:
     """LlamaIndex's messages as the worker's.
 
-    Raises UnsupportedFeatureError for what is not text, InvalidRequestError for a tool call that is not whole.
+    Raises UnsupportedFeatureError for what is not text, InvalidRequestError for what is no tool call.
     """
     open_calls = _OpenCalls()
     return [_message(message, open_calls) for message in messages]

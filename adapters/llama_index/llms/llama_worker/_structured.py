@@ -10,6 +10,7 @@ from llama_index.core.output_parsers.pydantic import PydanticOutputParser
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.types import Model
 from llama_index.llms.llama_worker._errors import UnusableReply
+from llama_index.llms.llama_worker._schemas import demanded
 from pydantic import ValidationError
 from pydantic_core import from_json
 
@@ -20,8 +21,7 @@ _PROGRAMS_OWN = ("tool_choice", "tool_required", "allow_parallel_tool_calls")
 
 def format_of(output_cls: type[Model]) -> dict[str, Any]:
     """The response_format of the class, in OpenAI's form."""
-    schema = output_cls.model_json_schema()
-    return {"type": "json_schema", "json_schema": {"name": output_cls.__name__, "schema": schema}}
+    return {"type": "json_schema", "json_schema": {"name": output_cls.__name__, "schema": demanded(output_cls)}}
 
 
 def keywords_for(output_cls: type[Model], llm_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,47 +5,77 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.tools.function_tool import FunctionTool
+from llama_index.core.tools.types import BaseTool, ToolMetadata
+from llama_index.llms.llama_worker._schemas import demanded
 from pydantic import BaseModel
 from pydantic_core import from_json
 
 from llama_worker import InvalidRequestError, ToolCall, ToolChoice, ToolName
 
-if TYPE_CHECKING:
-    from llama_index.core.tools.types import BaseTool
-
 _Told: TypeAlias = tuple[str, str, Mapping[str, Any] | str]
 """Id, which may be "", name and arguments of a call."""
-_FORMS = "give a BaseTool, a ToolSpec, or a dict of OpenAI's form"
+_FORMS = "give a BaseTool, a function, a ToolSpec, or a dict of OpenAI's form"
+_RUN_HERE = "it is called here; give a BaseTool or a function"
+# What LlamaIndex and pydantic raise for a function that they cannot describe; a RecursionError is a RuntimeError.
+_UNUSABLE = (ValueError, TypeError, AttributeError, KeyError, RuntimeError)
 
 
 def openai_tool(tool: BaseTool) -> dict[str, Any]:
     """A tool as OpenAI describes it, under its own name: LlamaIndex's form has another one for `my.tool`.
 
-    Raises InvalidRequestError if it has none.
+    Raises InvalidRequestError if it has none, or if its arguments cannot be described.
     """
-    if not tool.metadata.name:
-        raise InvalidRequestError("tools", tool.metadata.name, "a tool has no name; give it one")
-    described: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
-    return {**described, "function": {**described["function"], "name": tool.metadata.get_name()}}
+    name = tool.metadata.name
+    if not name:
+        raise InvalidRequestError("tools", name, "a tool has no name; give it one")
+    try:
+        described: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
+        parameters = _parameters(tool.metadata, described["function"]["parameters"])
+    except _UNUSABLE as exc:
+        raise InvalidRequestError("tools", name, "its arguments have no JSON schema; give it an fn_schema") from exc
+    return {**described, "function": {**described["function"], "name": name, "parameters": parameters}}
+
+
+def _parameters(metadata: ToolMetadata, told: dict[str, Any]) -> dict[str, Any]:
+    """`told`, but no more than the class of the arguments demands, where it is that class that tells them."""
+    if metadata.fn_schema is None or type(metadata).get_parameters_dict is not ToolMetadata.get_parameters_dict:
+        return told
+    schema = demanded(metadata.fn_schema)
+    return {key: schema[key] for key in told}
 
 
 def core_tools(tools: object) -> list[Any]:
     """What the worker takes as its tools. Raises InvalidRequestError for what is none."""
+    return [
+        tool if isinstance(tool, BaseModel | Mapping) else openai_tool(_tool(tool, _FORMS)) for tool in _many(tools)
+    ]
+
+
+def tools_to_run(tools: object) -> list[BaseTool]:
+    """Tools that are called here, each function as the tool that an agent makes of it. Raises InvalidRequestError."""
+    return [_tool(tool, _RUN_HERE) for tool in _many(tools)]
+
+
+def _many(tools: object) -> Iterable[Any]:
     if not isinstance(tools, Iterable) or isinstance(tools, str | Mapping):
         raise InvalidRequestError("tools", type(tools).__name__, "it is a list of tools")
-    return [_core_tool(tool) for tool in tools]
+    return tools
 
 
-def _core_tool(tool: Any) -> Any:
-    if isinstance(tool, BaseModel | Mapping):
-        return tool
-    if not hasattr(tool, "metadata"):
-        raise InvalidRequestError("tools", type(tool).__name__, _FORMS)
-    return openai_tool(tool)
+def _tool(tool: Any, way_out: str) -> BaseTool:
+    if isinstance(getattr(tool, "metadata", None), ToolMetadata):
+        return tool  # type: ignore[no-any-return]
+    if not callable(tool):
+        raise InvalidRequestError("tools", type(tool).__name__, way_out)
+    try:
+        return FunctionTool.from_defaults(tool)
+    except _UNUSABLE as exc:
+        raise InvalidRequestError("tools", type(tool).__name__, f"it cannot be described; {way_out}") from exc
 
 
 def core_choice(choice: object) -> ToolChoice:
@@ -90,7 +120,12 @@ class Called:
 
     @property
     def core(self) -> ToolCall:
-        """Raises InvalidRequestError if its arguments are not whole."""
+        """The call for a template to show. One that was cut off shows what was tried, so the conversation can go on.
+
+        Raises InvalidRequestError for what no call can be.
+        """
+        if isinstance(self.arguments, str) and not _is_whole(self.arguments):
+            return ToolCall(id=self.id, name=self.name or "unknown", arguments=_tried(self.arguments))
         return ToolCall.model_validate({"id": self.id, "name": self.name, "arguments": self.arguments})
 
 
@@ -127,13 +162,31 @@ def _told(entry: Any) -> _Told:
 
 def _begun(arguments: Mapping[str, Any] | str) -> dict[str, Any]:
     """Arguments as far as they are written."""
-    if not isinstance(arguments, str):
-        return dict(arguments)
+    return (_begun_object(arguments) or {}) if isinstance(arguments, str) else dict(arguments)
+
+
+def _begun_object(text: str) -> dict[str, Any] | None:
+    """None if it does not begin one."""
     try:
-        value = from_json(arguments, allow_partial="trailing-strings")
+        value = from_json(text, allow_partial="trailing-strings")
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_whole(arguments: str) -> bool:
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tried(arguments: str) -> dict[str, Any]:
+    """Arguments that are no object, as one: as far as they go, or else as the text that they are."""
+    begun = _begun_object(arguments)
+    if begun is not None:
+        return begun
+    return {"arguments": arguments} if arguments.strip(' "{}[]') else {}
 
 
 def openai_call(call_id: str, name: str, arguments: Mapping[str, Any] | str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -33,13 +33,17 @@ from llama_index.llms.llama_worker._prediction import PredictingLLM
 from llama_index.llms.llama_worker._react import REACT_STOP, teaches_react
 from llama_index.llms.llama_worker._replies import Transcript, chat_response, completion_response
 from llama_index.llms.llama_worker._tokenizer import Tokenizer
-from llama_index.llms.llama_worker._tools import calls_of, only_first_call, openai_tool, wanted_choice
+from llama_index.llms.llama_worker._tools import calls_of, core_tools, only_first_call, tools_to_run, wanted_choice
 from pydantic import ConfigDict, Field
 
 from llama_worker import InvalidRequestError, Message, SamplingParams, UnsupportedFeatureError
 
 if TYPE_CHECKING:
+    from llama_index.core.chat_engine.types import AgentChatResponse
     from llama_index.core.tools.types import BaseTool
+
+Tool: TypeAlias = "BaseTool | Callable[..., Any]"
+"""A tool that is called here. Of a function LlamaIndex's agents make a FunctionTool, and so do these methods."""
 
 
 class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
@@ -57,8 +61,8 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     to say; None does so where the first message teaches the format, as a ReActAgent's does.
 
     Each call takes the fields of SamplingParams and of GenerationRequest (`tools`, in LlamaIndex's or OpenAI's
-    form, `tool_choice`, `parallel_tool_calls`, `response_format`, `timeout`, …) and `grammar`, which is GBNF; an
-    unknown keyword raises InvalidRequestError. Tools, choices and formats are enforced while it is sampled.
+    form or as functions, `tool_choice`, `parallel_tool_calls`, `response_format`, `timeout`, …) and `grammar`, which
+    is GBNF; an unknown keyword raises InvalidRequestError. Tools, choices and formats are enforced while it is sampled.
 
     Blocks of a reply come as thought, text, calls. A ToolCallBlock is a complete and valid call; one that was
     cut off is only named in `raw["invalid_tool_calls"]`. In a stream the call that is being written stands in
@@ -184,9 +188,15 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
             raise UnusableReply(f"the reply calls no tool: {_why_none(response)}")
         return calls
 
+    def predict_and_call(self, tools: Sequence[Tool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        return super().predict_and_call(tools_to_run(tools), *args, **kwargs)
+
+    async def apredict_and_call(self, tools: Sequence[Tool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        return await super().apredict_and_call(tools_to_run(tools), *args, **kwargs)
+
     def _prepare_chat_with_tools(
         self,
-        tools: Sequence[BaseTool],
+        tools: Sequence[Tool],
         user_msg: str | ChatMessage | None = None,
         chat_history: list[ChatMessage] | None = None,
         verbose: bool = False,
@@ -203,7 +213,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
         if not tools and choice in ("auto", "none"):
             return {"messages": messages, **kwargs}
         asked = {
-            "tools": [openai_tool(tool) for tool in tools],
+            "tools": core_tools(tools),
             "tool_choice": choice,
             "parallel_tool_calls": allow_parallel_tool_calls,
         }
