@@ -6,9 +6,9 @@ Here, at the caller's boundary, are the retries and the mapping of errors. Whate
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from langchain_llama_worker._errors import mapped_errors
@@ -19,6 +19,7 @@ from llama_worker import (
     Failed,
     Finished,
     GenerationCancelled,
+    InvalidOutputError,
     LlamaWorker,
     Message,
     ReasoningDelta,
@@ -51,24 +52,36 @@ class Call:
             return self.retry.run(lambda: self.connect().stream(self.prompt, **self.options))
 
 
-def generate(call: Call) -> Reply:
+@contextmanager
+def _errors(call: Call) -> Iterator[None]:
+    """Map errors; a reply that one has is said to be of the model that `call` names, as one that is returned."""
     with mapped_errors():
+        try:
+            yield
+        except InvalidOutputError as error:
+            if error.reply is not None:
+                error.reply = replace(error.reply, model=call.model)
+            raise
+
+
+def generate(call: Call) -> Reply:
+    with _errors(call):
         return call.retry.run(lambda: call.connect().generate(call.prompt, **call.options))
 
 
 async def agenerate(call: Call) -> Reply:
-    with mapped_errors():
+    with _errors(call):
         return await call.retry.arun(lambda: call.connect().agenerate(call.prompt, **call.options))
 
 
 def events(call: Call) -> Generator[Answer, None, None]:
-    with mapped_errors(), call.open() as stream:
+    with _errors(call), call.open() as stream:
         for event in stream:
             yield _answer(event, call)
 
 
 async def aevents(call: Call) -> AsyncGenerator[Answer, None]:
-    with mapped_errors():
+    with _errors(call):
         stream, first = await call.retry.arun(lambda: _first_event(call))
         with closing(stream):
             yield _answer(first, call)

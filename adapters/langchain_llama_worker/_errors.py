@@ -2,7 +2,8 @@
 
 LangChain's own middleware acts on its classes (ContextOverflowError makes summarization cut the prompt,
 `is_retryable` drives retries), while code that knows llama_worker catches llama_worker's. So what leaves
-this adapter is both, and `except` works with either. An error without a counterpart passes unchanged.
+this adapter is both, and `except` works with either. An error without a counterpart passes unchanged. A reply that
+is not what it had to be is an OutputParserException whoever finds it, the worker or a parser behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import langchain_core.exceptions as theirs
 import llama_worker as ours
 
 # The most specific first. Older cores have only some of these classes.
-_COUNTERPARTS: tuple[tuple[type[ours.LlamaWorkerError], str], ...] = (
+_COUNTERPARTS: tuple[tuple[type[ours.LlamaWorkerError], *tuple[str, ...]], ...] = (
     (ours.ContextOverflowError, "ContextOverflowError"),
     (ours.InvalidRequestError, "ModelInvalidRequestError"),
     (ours.TemplateError, "ModelInvalidRequestError"),
@@ -28,20 +29,22 @@ _COUNTERPARTS: tuple[tuple[type[ours.LlamaWorkerError], str], ...] = (
     (ours.ModelLoadError, "ModelError"),
     (ours.QueueFull, "ModelRateLimitError"),
     (ours.DeadlineExceeded, "ModelTimeoutError"),
-    (ours.InvalidOutputError, "ModelAPIError"),
+    (ours.InvalidOutputError, "ModelAPIError", "OutputParserException"),
     (ours.GenerationError, "ModelAPIError"),
     (ours.WorkerDied, "ModelConnectionError"),
     (ours.WorkerClosed, "ModelConnectionError"),
 )
 
 
-def _both(cls: type[ours.LlamaWorkerError], name: str) -> type[ours.LlamaWorkerError]:
-    counterpart = getattr(theirs, name, theirs.LangChainException)
-    body = {"__module__": __name__, "__doc__": cls.__doc__, "__qualname__": cls.__name__}
-    return type(cls.__name__, (cls, counterpart), body)
+def _both(cls: type[ours.LlamaWorkerError], *names: str) -> type[ours.LlamaWorkerError]:
+    known = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
+    body: dict[str, Any] = {"__module__": __name__, "__doc__": cls.__doc__, "__qualname__": cls.__name__}
+    if theirs.OutputParserException in known:  # agents look for these
+        body |= {"observation": None, "llm_output": None, "send_to_llm": False}
+    return type(cls.__name__, (cls, *(known or (theirs.LangChainException,))), body)
 
 
-_BOTH = {cls: _both(cls, name) for cls, name in _COUNTERPARTS}
+_BOTH = {cls: _both(cls, *names) for cls, *names in _COUNTERPARTS}
 # Pickle finds an error's class by its name in this module.
 for _cls in _BOTH.values():
     setattr(sys.modules[__name__], _cls.__name__, _cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
@@ -49,7 +49,12 @@ def usage_metadata(usage: Usage) -> UsageMetadata:
 
 def chat_result(reply: Reply, model: str, *, in_blocks: bool = False) -> ChatResult:
     """`in_blocks`: the content is LangChain's standard blocks (output_version="v1"), otherwise the text."""
-    metadata = {**_labels(in_blocks), "model_name": model, **_logprobs(reply.logprobs)}
+    metadata = {
+        **_labels(in_blocks),
+        "model_name": model,
+        **_refusals(reply.invalid_tool_calls),
+        **_logprobs(reply.logprobs),
+    }
     message = AIMessage(
         content=_content_blocks(reply) if in_blocks else reply.text,
         tool_calls=[tool_call(name=c.name, args=c.arguments, id=c.id) for c in reply.tool_calls],
@@ -61,6 +66,31 @@ def chat_result(reply: Reply, model: str, *, in_blocks: bool = False) -> ChatRes
     return ChatResult(generations=[ChatGeneration(message=message, generation_info=_ending(reply.finish_reason))])
 
 
+def message_of(reply: Reply, *, in_blocks: bool) -> AIMessage:
+    """`reply` as LangChain gives a message to its user."""
+    generation = chat_result(reply, reply.model, in_blocks=in_blocks).generations[0]
+    message = cast("AIMessage", generation.message)
+    message.response_metadata = {**_ending(reply.finish_reason), **message.response_metadata}
+    return message
+
+
+def rest_of(reply: Reply, said: AIMessageChunk) -> AIMessageChunk:
+    """The last chunk of a stream that told all of `reply` and then failed: `said` and it are `message_of(reply)`."""
+    in_blocks = isinstance(said.content, list)
+    n_told = len(said.response_metadata.get("logprobs", {}).get("content", ()))
+    return AIMessageChunk(
+        content=[] if in_blocks else "",
+        usage_metadata=usage_metadata(reply.usage),
+        response_metadata={
+            **_labels(in_blocks),
+            **_ending(reply.finish_reason),
+            **_refusals(reply.invalid_tool_calls),
+            **_logprobs(reply.logprobs[n_told:]),
+        },
+        chunk_position="last",
+    )
+
+
 def _content_blocks(reply: Reply) -> list[str | dict[Any, Any]]:
     blocks: list[dict[Any, Any]] = [{"type": "reasoning", "reasoning": reply.reasoning}] if reply.reasoning else []
     blocks += [{"type": "text", "text": reply.text}] if reply.text else []
@@ -70,6 +100,11 @@ def _content_blocks(reply: Reply) -> list[str | dict[Any, Any]]:
 
 def _invalid(call: InvalidToolCall) -> Any:
     return invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=call.error)
+
+
+def _refusals(calls: Sequence[InvalidToolCall]) -> dict[str, Any]:
+    """Why calls are none, without what they say: LangChain's streams lose the `error` of an invalid call."""
+    return {"invalid_tool_calls": [{"id": c.id, "name": c.name, "error": c.error} for c in calls]} if calls else {}
 
 
 def _aside(reasoning: str) -> dict[str, Any]:
@@ -145,7 +180,11 @@ class ChatChunks:
     def _end(self, event: Finished) -> ChatGenerationChunk:
         # The end has all logprobs: what no delta carried goes out with it.
         usage = usage_metadata(event.usage) if self._usage else None
-        chunk = self._made("", None, self._fresh_logprobs(event.logprobs[self._n_logprobs :]), usage_metadata=usage)
+        metadata = {
+            **_refusals(event.invalid_tool_calls),
+            **self._fresh_logprobs(event.logprobs[self._n_logprobs :]),
+        }
+        chunk = self._made("", None, metadata, usage_metadata=usage)
         chunk.message.chunk_position = "last"  # type: ignore[attr-defined]
         chunk.generation_info = _ending(event.reason)
         return chunk

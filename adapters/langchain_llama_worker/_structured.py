@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
-from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import pydantic
@@ -14,11 +13,11 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import BaseTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable
 from langchain_core.utils.json import parse_partial_json
-from langchain_core.utils.pydantic import is_basemodel_subclass
 
-from langchain_llama_worker._tools import json_schema, schema_name, schema_tool
+from langchain_llama_worker._tools import is_model, json_schema, schema_name, schema_tool
+from langchain_llama_worker._with_raw import WithRaw
 from llama_worker import InvalidRequestError
 
 Method: TypeAlias = Literal["json_schema", "function_calling", "json_mode"]
@@ -38,14 +37,16 @@ def structured(
         raise InvalidRequestError("schema", None, "give one, or method='json_mode' for any JSON object")
     # LangSmith, and LangChain's own tests, read the format from here; it never reaches the worker.
     noted = {} if schema is None else {_NOTED: {"kwargs": {"method": method}, "schema": schema}}
-    parser = StructuredOutput(output_class=schema if _is_model(schema) else None)
+    parser = StructuredOutput(output_class=schema if is_model(schema) else None)
     if method == "function_calling":
         tool = schema_tool(schema, strict=strict)
         parser.tool = tool["function"]["name"]
         bound = _calling(model, tool, {**noted, **kwargs})
     else:
         bound = model.bind(response_format=_format(schema, strict), **{**noted, **kwargs})
-    return _with_raw(bound, parser) if include_raw else bound | parser
+    if include_raw:
+        return WithRaw(model=bound, parser=parser, in_blocks=getattr(model, "output_version", None) == "v1")
+    return bound | parser
 
 
 def _calling(model: BaseChatModel, tool: dict[str, Any], kwargs: Mapping[str, Any]) -> Runnable[Any, AIMessage]:
@@ -59,16 +60,6 @@ def _format(schema: Any, strict: bool | None) -> dict[str, Any]:
         return {"type": "json_object"}
     described: dict[str, Any] = {"name": schema_name(schema), "schema": json_schema(schema)}
     return {"type": "json_schema", "json_schema": {**described, **({} if strict is None else {"strict": strict})}}
-
-
-def _with_raw(model: Runnable[LanguageModelInput, AIMessage], parser: StructuredOutput) -> Runnable[Any, Any]:
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
-
-
-def _is_model(schema: Any) -> bool:
-    return isinstance(schema, type) and is_basemodel_subclass(schema)
 
 
 class StructuredOutput(BaseTransformOutputParser[Any]):

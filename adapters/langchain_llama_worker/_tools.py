@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, cast
 
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
+from pydantic.v1 import BaseModel as BaseModelV1
+from typing_extensions import is_typeddict
 
 from llama_worker import InvalidRequestError, ResponseFormat, ToolChoice, ToolName, ToolSpec
 
@@ -16,25 +19,63 @@ _FORMS = "give a BaseTool, a function, a pydantic class, a TypedDict, or a dict 
 # What LangChain and pydantic raise for what has no schema; a RecursionError is a RuntimeError.
 _UNUSABLE = (ValueError, TypeError, KeyError, RuntimeError)
 _SCHEMAS = "give a pydantic class, a TypedDict, a JSON schema or a tool of OpenAI's form"
+_CLASSES = "it has no fields of its own; give a pydantic class or a TypedDict that has them, or a JSON schema"
+_BASES = (BaseModel, BaseModelV1, RootModel)
+# Under these names stand schemas by names that users chose, or values that are no schemas.
+_BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})
 
 
-def openai_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
-    """Any of LangChain's forms of a tool in OpenAI's. Raises InvalidRequestError for what is none.
+def openai_tool(tool: Any, *, strict: bool | None = None, where: str = "tools") -> dict[str, Any]:
+    """Any of LangChain's forms of a tool in OpenAI's. Raises InvalidRequestError for what is none, naming `where`.
 
     Unlike LangChain's own conversion it keeps a schema that refers to itself: LangChain leaves such places open.
+    Where a pydantic class makes the arguments, doubled members of a set are for it to drop.
     """
+    _check_class(tool, where)
     if isinstance(tool, ToolSpec):
         tool = {"type": "function", "function": tool.model_dump(exclude_none=True)}
     try:
         converted, own = convert_to_openai_tool(tool, strict=strict), _own_schema(tool)
         whole = {"parameters": _unfolded(own)} if own is not None and _is_recursive(own) else {}
     except _UNUSABLE as exc:
-        raise InvalidRequestError("tools", type(tool).__name__, _FORMS) from exc
+        raise InvalidRequestError(where, type(tool).__name__, _FORMS) from exc
     function = converted.get("function") or {key: value for key, value in converted.items() if key != "type"}
     if converted.get("type") != "function" or "name" not in function:
-        raise InvalidRequestError("tools", converted.get("type"), f"not a function that runs here; {_FORMS}")
+        raise InvalidRequestError(where, converted.get("type"), f"not a function that runs here; {_FORMS}")
     asked = {} if strict is None else {"strict": strict}
-    return {"type": "function", "function": {**function, **whole, **asked}}
+    described = {**function, **whole, **asked}
+    if "parameters" in described and is_model(tool.args_schema if isinstance(tool, BaseTool) else tool):
+        described["parameters"] = _with_doubles(described["parameters"])
+    return {"type": "function", "function": described}
+
+
+def is_model(cls: Any) -> bool:
+    """Is it a class of either pydantic, which validates what it is made of."""
+    return isinstance(cls, type) and is_basemodel_subclass(cls)
+
+
+def _check_class(cls: Any, where: str) -> None:
+    """Refuse a class without fields: what LangChain makes of its constructor means nothing."""
+    if isinstance(cls, type) and (cls in _BASES or not (is_model(cls) or is_typeddict(cls) or is_dataclass(cls))):
+        raise InvalidRequestError(where, cls.__name__, _CLASSES)
+
+
+def _with_doubles(schema: Any) -> Any:
+    """The same without `uniqueItems`. No grammar can hold it, and the class of a set drops what is there twice."""
+    if isinstance(schema, list):
+        return [_with_doubles(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {key: _part_with_doubles(key, part) for key, part in schema.items() if key != "uniqueItems"}
+
+
+def _part_with_doubles(key: str, part: Any) -> Any:
+    if key in _VALUES:
+        return part
+    if key in _BY_NAME and isinstance(part, Mapping):
+        return {name: _with_doubles(inner) for name, inner in part.items()}
+    return _with_doubles(part)
 
 
 def _own_schema(tool: Any) -> dict[str, Any] | None:
@@ -113,25 +154,26 @@ def core_format(wanted: Any, *, strict: bool | None = None) -> ResponseFormat | 
     if isinstance(wanted, ResponseFormat):
         return wanted
     if isinstance(wanted, type):
-        return ResponseFormat(type="json_schema", json_schema=json_schema(wanted), strict=strict)
+        return ResponseFormat(type="json_schema", json_schema=json_schema(wanted, "response_format"), strict=strict)
     if not isinstance(wanted, Mapping):
         raise InvalidRequestError("response_format", type(wanted).__name__, "give a dict of OpenAI's form, or a class")
     return ResponseFormat.model_validate({**wanted, **({} if strict is None else {"strict": strict})})
 
 
-def json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of what LangChain takes for one, with its definitions. Raises InvalidRequestError."""
+def json_schema(schema: Any, where: str = "schema") -> dict[str, Any]:
+    """The JSON schema of what LangChain takes for one, with its definitions. Raises InvalidRequestError of `where`.
+
+    That of a pydantic class allows doubled members of a set, for the class to drop.
+    """
     if isinstance(schema, Mapping):
         return dict(_inner_schema(schema))
+    _check_class(schema, where)
     try:
-        if isinstance(schema, type) and is_basemodel_subclass(schema):
-            model: Any = schema
-            return cast(
-                "dict[str, Any]", model.model_json_schema() if issubclass(schema, BaseModel) else model.schema()
-            )
+        if is_model(schema):
+            return cast("dict[str, Any]", _with_doubles(_class_schema(schema)))
         return convert_to_json_schema(schema)
     except _UNUSABLE as exc:
-        raise InvalidRequestError("schema", type(schema).__name__, _SCHEMAS) from exc
+        raise InvalidRequestError(where, type(schema).__name__, _SCHEMAS) from exc
 
 
 def _class_schema(cls: Any) -> dict[str, Any]:
@@ -164,4 +206,4 @@ def schema_tool(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
         parameters = json_schema(schema)
         told = {"name": schema_name(schema), "description": str(parameters.get("description", ""))}
         schema = {**told, "parameters": parameters}
-    return openai_tool(schema, strict=strict)
+    return openai_tool(schema, strict=strict, where="schema")

@@ -40,7 +40,9 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
     ConfigError.
 
     Calls of tools and the form of an answer are enforced while they are sampled. What is cut off is never a call:
-    it stands in `invalid_tool_calls`, streamed or not. Thoughts are `reasoning` blocks, not text.
+    it stands in `invalid_tool_calls`, streamed or not, and why, in `response_metadata["invalid_tool_calls"]`. The
+    joined `args` of a streamed call that is none end with a mark, a bracket that closes nothing, which keeps LangChain
+    from completing it. Thoughts are `reasoning` blocks, not text.
 
     Constructing it loads nothing. Objects with equal settings share one worker, and any number of
     threads and event loops may use one object at once: requests are batched. Async methods are native;
@@ -151,9 +153,10 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
 
         json_schema and json_mode hold the text of the reply to the schema; json_mode takes no schema too, for any
         JSON object. function_calling makes the reply one call. `strict`: refuse a schema that cannot be enforced
-        whole. Streamed, dicts grow; an object of a class comes when it is whole. A reply that is cut off raises
-        OutputParserException, or with `include_raw`, which gives a dict of `raw`, `parsed` and `parsing_error`,
-        stands there. `kwargs` go with every call.
+        whole. Streamed, dicts grow; an object of a class comes when it is whole. A reply that is cut off or invalid
+        raises OutputParserException; with `include_raw`, which gives a dict of `raw`, `parsed` and `parsing_error`
+        (streamed, the last two at the end), it stands there. Raises InvalidRequestError for a class without fields.
+        `kwargs` go with every call.
         """
         with mapped_errors():
             self._check_keywords(kwargs)

@@ -193,6 +193,23 @@ def test_a_call_that_is_none_never_becomes_one(events: list[Answer], in_blocks: 
     assert valid == [call["id"] for call in said.tool_calls]
 
 
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["text", "v1"])
+@pytest.mark.parametrize("events", CUT.values(), ids=CUT)
+def test_why_a_call_is_none_is_told_streamed_or_not(events: list[Answer], in_blocks: bool) -> None:
+    """And what it says is not told again."""
+    told, said, end = merged(events, in_blocks=in_blocks), whole(events, in_blocks=in_blocks), events[-1]
+    assert isinstance(end, Finished)
+    reasons = [{"id": call.id, "name": call.name, "error": call.error} for call in end.invalid_tool_calls]
+    assert told.response_metadata["invalid_tool_calls"] == said.response_metadata["invalid_tool_calls"] == reasons
+    early = [chunk.message.response_metadata for chunk in chunks_of(events, in_blocks=in_blocks)[:-1]]
+    assert not [metadata for metadata in early if "invalid_tool_calls" in metadata]
+
+
+def test_a_reply_without_broken_calls_has_no_reasons() -> None:
+    assert "invalid_tool_calls" not in whole(STREAMS["a call"]).response_metadata
+    assert "invalid_tool_calls" not in merged(STREAMS["a call"]).response_metadata
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 ARGUMENTS = st.dictionaries(TEXTS, st.none() | st.integers() | TEXTS | st.lists(TEXTS, max_size=2), max_size=3)
 

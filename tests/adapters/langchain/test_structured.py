@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import itertools
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration
 from langchain_core.runnables import RunnableBinding, RunnableSequence
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, RootModel, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
@@ -119,6 +121,44 @@ def test_other_keywords_go_with_every_call() -> None:
 def test_what_cannot_be_meant_is_refused_at_once(schema: Any, kwargs: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError):
         bound(schema, **kwargs)
+
+
+class Color(enum.Enum):
+    """No object."""
+
+    RED = "red"
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
+@pytest.mark.parametrize("cls", [Color, list, int, object, BaseModel, BaseModelV1, RootModel], ids=repr)
+def test_a_class_without_fields_is_refused_with_the_way_out(cls: Any, method: str) -> None:
+    """LangChain would make an object of what its constructor takes."""
+    with pytest.raises(InvalidRequestError, match=f"schema='{cls.__name__}'.*give a pydantic class") as caught:
+        bound(cls, method=method)
+    assert caught.value.field == "schema"
+    with pytest.raises(InvalidRequestError, match=r"response_format=.*give a pydantic class"):
+        ChatLlamaWorker(model=NOWHERE, response_format=cls)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_a_dataclass_and_a_root_of_ones_own_have_fields(method: str) -> None:
+    @dataclasses.dataclass
+    class Place:
+        """A place."""
+
+        city: str
+
+    class Places(RootModel[list[str]]):
+        """Places."""
+
+    for cls, key in ((Place, "properties"), (Places, "items")):
+        kwargs = bound(cls, method=method)[0]
+        [schema] = (
+            [tool["function"]["parameters"] for tool in kwargs["tools"]]
+            if method == "function_calling"
+            else [kwargs["response_format"]["json_schema"]["schema"]]
+        )
+        assert key in schema
 
 
 # -- reading ----------------------------------------------------------------------------------------

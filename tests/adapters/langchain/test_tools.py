@@ -10,12 +10,12 @@ import pytest
 from langchain_core.exceptions import LangChainException
 from langchain_core.runnables import RunnableBinding
 from langchain_core.tools import BaseTool, StructuredTool, tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerLLM
-from langchain_llama_worker._tools import core_choice, core_format, core_tools, json_schema, openai_tool
+from langchain_llama_worker._tools import core_choice, core_format, core_tools, json_schema, openai_tool, schema_tool
 from llama_worker import ConfigError, InvalidRequestError, ResponseFormat, ToolName, ToolSpec, UnsupportedFeatureError
 
 NOWHERE = "/nowhere/at-all.gguf"
@@ -130,6 +130,104 @@ def test_a_schema_with_definitions_and_no_circle_is_written_out() -> None:
         other: Add
 
     assert "$ref" not in json.dumps(core_tools([Two])[0].parameters)
+
+
+class Inner(BaseModel):
+    """Holds what looks like the keyword."""
+
+    uniqueItems: set[int]
+    kind: dict[str, bool] = {"uniqueItems": True}
+
+
+class Bag(BaseModel):
+    """Sets everywhere."""
+
+    tags: set[str]
+    deeper: list[frozenset[int]]
+    inner: Inner
+    perhaps: set[int] | None = None
+
+
+class BagV1(BaseModelV1):
+    """Sets of the old kind."""
+
+    tags: set[str]
+    deeper: list[set[int]]
+
+
+class TreeBag(BaseModel):
+    """A tree of sets."""
+
+    tags: set[str]
+    children: list[TreeBag] = []
+
+
+class BagDict(TypedDict):
+    """Nothing validates it."""
+
+    tags: set[str]
+
+
+@tool
+def keep(tags: set[str], bag: Bag) -> str:
+    """Keeps."""
+    return ",".join(sorted(tags))
+
+
+def keywords(schema: Any) -> set[str]:
+    """The keywords of a schema and of those in it, not the names of properties nor what stands in values."""
+    if isinstance(schema, list):
+        return {word for part in schema for word in keywords(part)}
+    if not isinstance(schema, dict):
+        return set()
+    found = set(schema)
+    for key, part in schema.items():
+        if key in ("properties", "$defs", "definitions"):
+            found |= {word for inner in part.values() for word in keywords(inner)}
+        elif key not in ("default", "enum", "const"):
+            found |= keywords(part)
+    return found
+
+
+@pytest.mark.parametrize("given", [Bag, BagV1, TreeBag, keep], ids=lambda g: getattr(g, "__name__", "tool"))
+def test_a_class_that_drops_doubles_itself_may_be_given_them(given: Any) -> None:
+    """No grammar holds `uniqueItems`: a reply that pydantic takes would be refused at its end."""
+    assert "uniqueItems" not in keywords(core_tools([given])[0].parameters)
+    assert "tags" in core_tools([given])[0].parameters["properties"]
+    if isinstance(given, type):
+        assert "uniqueItems" not in keywords(json_schema(given))
+        assert "uniqueItems" not in keywords(schema_tool(given)["function"]["parameters"])
+        wanted = core_format(given)
+        assert wanted is not None
+        assert "uniqueItems" not in keywords(wanted.json_schema)
+
+
+def test_only_the_keyword_is_left_out_and_no_property_or_default_of_that_name() -> None:
+    inner = json_schema(Bag)["$defs"]["Inner"]["properties"]
+    assert inner["uniqueItems"]["type"] == "array"
+    assert inner["kind"]["default"] == {"uniqueItems": True}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Bag.model_json_schema(),
+        BagDict,
+        StructuredTool(name="t", description="", args_schema=Bag.model_json_schema()),
+        {"name": "t", "parameters": Bag.model_json_schema()},
+    ],
+    ids=["schema", "TypedDict", "schema as args", "dict"],
+)
+def test_a_schema_that_no_class_stands_behind_keeps_what_it_says(given: Any) -> None:
+    assert "uniqueItems" in keywords(core_tools([given])[0].parameters)
+    if not isinstance(given, BaseTool):
+        assert "uniqueItems" in keywords(json_schema(given))
+
+
+@pytest.mark.parametrize("given", [BaseModel, list, RootModel], ids=repr)
+def test_a_class_without_fields_is_no_tool(given: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"tools='{given.__name__}'.*give a pydantic class"):
+        core_tools([given])
 
 
 @pytest.mark.parametrize(
