@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from datetime import date
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from llama_worker._chat import fuel
 from llama_worker._chat.sandbox import MAX_SOURCE
 from llama_worker._chat.template import ChatTemplate
 from llama_worker._errors import TemplateError
-from llama_worker._requests import Message
+from llama_worker._requests import Message, ToolCall, ToolSpec
 
 TODAY = date(2026, 11, 5)
 SHOWN = "{{ messages[0].content }}"
@@ -206,6 +207,76 @@ def test_what_is_used_up_is_not_tried_in_other_ways(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TemplateError, match=r"it does more than"):
         template.render([Message(role="user", content="hi")], today=TODAY)
     assert len(runs) == 1
+
+
+AGENT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "name": "f", "arguments": {"x": "y"}}]},
+    {"role": "tool", "content": "3", "tool_call_id": "a"},
+    {"role": "system", "content": "be briefer"},
+    {"role": "user", "content": "and?"},
+]
+REFUSING = {
+    "steps": "{% for i in range(3000) %}{% endfor %}",
+    "room": "{% set x = 'ab' * 20000 %}",
+    "output": "x" * 90_000,
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+@pytest.mark.usefixtures("little")
+def test_a_template_that_refuses_whatever_is_tried_ends_within_one_tank_more(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: the first rendering and its probe have a tank each, all changes together one."""
+    tanks: list[fuel.Fuel] = []
+
+    class Counted(fuel.Fuel):
+        def __init__(self, given: int) -> None:
+            tanks.append(self)
+            super().__init__(given)
+
+    refusal = "{{ raise_exception('no ' ~ messages | map(attribute='role') | join) }}"
+    template = ChatTemplate(REFUSING[name] + refusal, bos_text="", eos_text="")
+    monkeypatch.setattr(fuel, "Fuel", Counted)
+    messages = [Message.model_validate(turn) for turn in AGENT]
+    with pytest.raises(TemplateError, match=r"no systemuserassistant.*; while a change .* it (does|makes)"):
+        template.lay_out(messages, tools=[ToolSpec(name="f")], today=TODAY)
+    assert len(tanks) == 3
+    assert all(tank.steps >= 0 and tank.room >= 0 for tank in tanks[:2])
+
+
+class Counting(ChatTemplate):
+    renderings = 0
+
+    def _run(self, *args: Any) -> str:
+        self.renderings += 1
+        return super()._run(*args)
+
+
+def test_large_data_is_tried_less_often() -> None:
+    """Each try copies it. Counted: what costs no fuel is bounded, too."""
+
+    def renderings(argument: Any) -> int:
+        refusing = "{{ raise_exception('no ' ~ messages | map(attribute='role') | join) }}"
+        template = Counting(refusing, bos_text="", eos_text="")
+        call = ToolCall(id="a", name="f", arguments={"x": argument})
+        messages = [Message.model_validate(turn) for turn in AGENT]
+        messages[2] = messages[2].model_copy(update={"tool_calls": (call,)})
+        with pytest.raises(TemplateError, match="no system"):
+            template.lay_out(messages, tools=[ToolSpec(name="f")], today=TODAY)
+        return template.renderings
+
+    assert renderings(list(range(50_000))) <= 2 * 40 < renderings("y")
+
+
+def test_a_change_that_helps_has_fuel_of_its_own() -> None:
+    """The first rendering may use nearly a whole tank, and one that follows it, too."""
+    choosy = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + SHOWN
+    template = ChatTemplate(loop("", 99_999) * 4 + choosy, bos_text="", eos_text="")
+    messages = [Message(role="system", content="be brief"), Message(role="user", content="hi")]
+    assert "be brief" in template.render(messages, today=TODAY)
 
 
 def test_each_rendering_has_its_own_fuel() -> None:

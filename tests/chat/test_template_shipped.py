@@ -125,8 +125,16 @@ def test_a_talk_of_fifty_turns_uses_little_fuel(name: str, monkeypatch: pytest.M
             super().__init__(0)
             tanks.append(self)
 
-    monkeypatch.setattr(fuel, "Fuel", Seen)
+    monkeypatch.setattr(fuel, "Fuel", Seen)  # all that is tried after the first rendering shares one
     turns = [turn for _ in range(10) for turn in talk()[1:6]]
     assert render(TEMPLATES[name], [talk()[0], *turns], tools())
-    assert max(fuel.STEPS - tank.steps for tank in tanks) < fuel.STEPS // 20
-    assert max(fuel.ROOM - tank.room for tank in tanks) < fuel.ROOM // 20
+    assert max(fuel.STEPS - tank.steps for tank in tanks) < fuel.STEPS // 10
+    assert max(fuel.ROOM - tank.room for tank in tanks) < fuel.ROOM // 10
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Cohere2MoE"])
+def test_a_talk_of_four_hundred_turns_that_needs_a_change_still_renders(name: str) -> None:
+    """These look through all turns at each, and what is tried after the first rendering shares one tank."""
+    late = Message(role="system", content="STOP NOW")
+    turns = [turn for _ in range(80) for turn in talk()[1:6]]
+    assert "STOP NOW" in render(TEMPLATES[name], [talk()[0], *turns, late], tools())

@@ -1,12 +1,12 @@
 """Guarding a conversation: every text in it that may be from users is kept from becoming control tokens.
 
-Not only contents: names, thoughts, the arguments of past calls and what tools say of themselves stand in the
-prompt too.
+Not only contents: names, thoughts, the arguments of past calls, what tools say of themselves and the variables of
+the template (documents, for example) stand in the prompt too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from llama_worker._chat.plain import plain
@@ -43,6 +43,12 @@ def _guarded_call(call: ToolCall, protect: Protect) -> ToolCall:
         "arguments": guarded_data(call.arguments, protect, "messages"),
     }
     return call.model_copy(update=update)
+
+
+def guarded_variables(variables: Mapping[str, Any], protect: Protect) -> dict[str, Any]:
+    """The template's variables with every text in them protected; their names stay. A switch (True, "high") does not
+    change: it holds no control text. Raises InvalidRequestError for a value that is not plain data."""
+    return {name: guarded_data(value, protect, f"template_variables.{name}") for name, value in variables.items()}
 
 
 def guarded_data(value: Any, protect: Protect, field: str) -> Any:

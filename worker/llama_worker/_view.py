@@ -32,7 +32,7 @@ from llama_worker._errors import (
     TemplateError,
     UnsupportedFeatureError,
 )
-from llama_worker._guarding import guarded_message, guarded_tool
+from llama_worker._guarding import guarded_message, guarded_tool, guarded_variables
 from llama_worker._jobs import EmbedJob, GenerationJob
 from llama_worker._planning import PLAIN, LazyCompiler, check_request, plan_reply
 from llama_worker._replies import KnownReplies, covering
@@ -144,7 +144,7 @@ class ModelView:
             enable_thinking=enable_thinking,
             add_generation_prompt=add_generation_prompt,
             today=date.today(),
-            **(variables or {}),
+            **guarded_variables(variables or {}, self.guard.protect),
         ).text
 
     def prompt_tokens(self, prompt: str) -> TokenIds:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 from llama_worker._chat.adaptations import Chat
-from llama_worker._chat.rules import RULES, Dropped, Plan, Search, apply
+from llama_worker._chat.fuel import fuelled
+from llama_worker._chat.plain import plain
+from llama_worker._chat.rules import RULES, Dropped, Plan, Rule, Search, apply
 from llama_worker._chat.turns import Tool, Turn, calls, turns_of
 from llama_worker._chat.wording import Wording
 from llama_worker._requests import Message
 
 _MAX_REASON = 300
+_TURN = 1000  # characters: what one turn is counted as, beside its content
+_MORE = 5  # times that, for changed chats: honest templates look through all turns at each, and some renderings share
 
 
 class Refusal(Exception):
@@ -28,7 +33,12 @@ class Exhausted(Exception):
 
 
 Run: TypeAlias = Callable[[Chat], str]
-"""Renders a chat. Raises Refusal or Exhausted."""
+"""Renders a chat, within `fuelled`. Raises Refusal or Exhausted."""
+
+
+def size_of(chat: Chat, functions: str) -> int:
+    """The characters that a template is given. `functions`: the tools as JSON."""
+    return len(functions) + sum(len(turn["content"]) + _TURN for turn in chat.turns)
 
 
 class _Words:
@@ -62,21 +72,41 @@ class Attempt:
 
     def adapted(self, known: Plan) -> tuple[Plan, str] | Dropped | str:
         """The rendering after a small change that works, beside what is `known` to be needed. Else why there is none:
-        what is wrong with the chat as it is. Raises Exhausted."""
+        what is wrong with the chat as it is. All that is tried after that has one tank. Raises Exhausted."""
         base = {rule for rule in known if apply((rule,), self._chat, self._wording) is not None}
         first: Dropped | str = ""
         search = Search(self._chat, without=base)
+        with ExitStack() as shared:
+            for plan, chat, probe in self._changed(search, base):
+                text, wrong = self._tried_after(first, chat, probe)
+                if text is not None:
+                    return plan, text
+                search.failed(wrong)
+                if not first:
+                    first = wrong
+                    shared.enter_context(fuelled(self._size()))
+        return first
+
+    def _changed(self, search: Search, base: set[Rule]) -> Iterator[tuple[Plan, Chat, Chat]]:
+        """What `search` wants tried: the chat and its probe, changed by the rules of `base`, too."""
         for plan in search:
             whole = tuple(rule for rule in RULES if rule in base.union(plan))
             chat, probe = apply(whole, self._chat, self._wording), apply(whole, self._probe, self._wording)
-            if chat is None or probe is None:  # a smaller plan does the same
-                continue
-            text, wrong = self._tried(chat, probe)
-            if text is not None:
-                return whole, text
-            search.failed(wrong)
-            first = first or wrong
-        return first
+            if chat is not None and probe is not None:  # else a smaller plan does the same
+                yield whole, chat, probe
+
+    def _tried_after(self, first: Dropped | str, chat: Chat, probe: Chat) -> tuple[str | None, Dropped | str]:
+        """As `_tried`. When the fuel is used up, what was wrong `first` is told, too."""
+        try:
+            return self._tried(chat, probe)
+        except Exhausted as exc:
+            if not first:
+                raise
+            raise Exhausted(f"{first}; while a change was looked for that helps, {exc}") from None
+
+    def _size(self) -> int:
+        functions = json.dumps(plain(self._chat.tools, "tools"), ensure_ascii=False)
+        return size_of(self._chat, functions) + _MORE * _TURN * len(self._chat.turns)
 
     def _tried(self, chat: Chat, probe: Chat) -> tuple[str | None, Dropped | str]:
         """The rendering of `chat`, or None and what is wrong with it."""

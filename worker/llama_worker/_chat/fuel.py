@@ -1,4 +1,4 @@
-"""Fuel: what one rendering may do and make. Templates come from strangers, and Jinja's sandbox bounds neither.
+"""Fuel: what renderings may do and make. Templates come from strangers, and Jinja's sandbox bounds neither.
 
 Every step costs: each round of a loop and each call pays for all nodes of its body (`costly` writes that into the
 syntax tree), each operator, filter and method pays for what it reads and makes (`bounds.py`). Counted, not timed: a
@@ -17,10 +17,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
 
 STEPS = 10_000_000
-"""What one rendering may do: about as many nodes of the syntax tree, a second or two."""
+"""What is in one tank: about as many nodes of the syntax tree, a second or two."""
 STEPS_PER_CHARACTER = 16
 ROOM = 64 * 2**20
-"""What it may make: characters of texts, and eight for each item of a list. Both grow with what it is given."""
+"""What may be made of it: characters of texts, and eight for each item of a list. Both grow with what it is given."""
 ROOM_PER_CHARACTER = 64
 
 _ROUND = 8
@@ -32,7 +32,7 @@ class OutOfFuel(SecurityError):
 
 
 class Fuel:
-    """What is left to one rendering."""
+    """One tank: what is left to one rendering, or to several."""
 
     __slots__ = ("room", "steps")
 
@@ -46,8 +46,11 @@ _fuel: ContextVar[Fuel | None] = ContextVar("fuel", default=None)
 
 @contextmanager
 def fuelled(given: int = 0) -> Iterator[None]:
-    """Within, templates of this thread share one tank. `given`: the characters that they are given."""
-    token = _fuel.set(Fuel(given))
+    """Within, templates of this thread share one tank: the one that is open already, or a new one.
+
+    `given`: the characters that they are given. A new tank grows with it.
+    """
+    token = _fuel.set(_fuel.get() or Fuel(given))
     try:
         yield
     finally:

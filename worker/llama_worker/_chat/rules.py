@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from llama_worker._chat.adaptations import (
     Chat,
@@ -30,6 +30,7 @@ from llama_worker._chat.wording import Wording
 _MOST_RULES = 6
 _MOST_TRIES, _FEWEST_TRIES = 400, 40
 _SHORT = 50  # turns; each try with a longer chat takes longer
+_VALUES = 50  # in tools and arguments: copied for each try, they take as long as a turn
 _NO_USE = 10
 
 Change: TypeAlias = Callable[[Chat, Wording], Chat]
@@ -87,7 +88,7 @@ class Search:
         needed = [(i, set(rule.needs.split())) for i, rule in enumerate(RULES) if rule not in without]
         self._rules = [i for i, needs in needed if not needs or needs & has]
         self._seen: set[tuple[int, ...]] = set()
-        self._most_tries = max(_FEWEST_TRIES, _MOST_TRIES * _SHORT // max(_SHORT, len(chat.turns)))
+        self._most_tries = max(_FEWEST_TRIES, _MOST_TRIES * _SHORT // max(_SHORT, _length(chat)))
         self._count = count()
         self._open: list[tuple[int, int, tuple[int, ...], str]] = [(0, 0, (), "")]
         self._tried: tuple[int, tuple[int, ...], str] = (0, (), "")
@@ -115,6 +116,22 @@ class Search:
 
 def _may_mend(rule: Rule, outcome: Dropped | str) -> bool:
     return isinstance(outcome, str) or bool(outcome.parts & set(rule.mends.split()))
+
+
+def _length(chat: Chat) -> int:
+    """How long copying `chat` takes, in turns."""
+    data = [chat.tools, [calls(turn) for turn in chat.turns]]
+    return len(chat.turns) + sum(1 for _ in _values(data)) // _VALUES
+
+
+def _values(data: Any) -> Iterator[Any]:
+    """All values in plain data."""
+    nested = [data]
+    while nested:
+        value = nested.pop()
+        yield value
+        if isinstance(value, dict | list | tuple):
+            nested += value.values() if isinstance(value, dict) else value
 
 
 def _has(chat: Chat) -> Iterator[str]:

@@ -19,9 +19,9 @@ from typing import Any
 import jinja2
 
 from llama_worker._chat.adaptations import Chat
-from llama_worker._chat.attempt import Attempt, Exhausted, Refusal
+from llama_worker._chat.attempt import Attempt, Exhausted, Refusal, size_of
 from llama_worker._chat.format import ChatFormat
-from llama_worker._chat.fuel import OutOfFuel, fuelled
+from llama_worker._chat.fuel import OutOfFuel, fuelled, make, scan
 from llama_worker._chat.plain import plain
 from llama_worker._chat.rules import known_rules
 from llama_worker._chat.sandbox import compiled
@@ -96,7 +96,8 @@ class ChatTemplate:
         `format` is what is known about this template: it saves trying, and says how what the template does not
         render is written as text. `enable_thinking` None: the template is not told. `today` is what
         `strftime_now` formats. `variables` are further names that the template may use: plain data.
-        Deterministic in its arguments; reads no clock.
+        Deterministic in its arguments; reads no clock. Bounded: each rendering of the messages as they are has a
+        tank of fuel, and all renderings of changed ones together have one.
 
         Raises InvalidRequestError for no messages, or data that is not plain; TemplateError when no adaptation
         makes the template render every message, call and tool, with its reason but no content.
@@ -165,9 +166,10 @@ class ChatTemplate:
             "messages": plain(chat.turns, "messages"),
             "strftime_now": today.strftime,
         }
-        size = len(functions) + sum(len(turn["content"]) + 1000 for turn in chat.turns)
+        size = size_of(chat, functions)
         try:
             with fuelled(size):
+                scan(size)  # what it is given is copied and written as JSON
                 return _joined(self._template.generate(data))
         except OutOfFuel as exc:
             raise Exhausted(str(exc)) from None
@@ -197,5 +199,6 @@ def _joined(pieces: Iterable[str]) -> str:
         size += len(piece)
         if size > MAX_OUTPUT:
             raise OutOfFuel(f"it renders more than {MAX_OUTPUT} characters")
+        make(len(piece))
         parts.append(piece)
     return "".join(parts)
