@@ -30,9 +30,14 @@ def ids() -> Callable[[], str]:
 
 
 def parser(
-    format: ChatFormat, *, tools: Sequence[ToolSpec] = TOOLS, calls: bool = True, in_reasoning: bool = False
+    format: ChatFormat,
+    *,
+    tools: Sequence[ToolSpec] = TOOLS,
+    calls: bool = True,
+    in_reasoning: bool = False,
+    answers: bool = False,
 ) -> OutputParser:
-    return OutputParser(format, tools, calls=calls, in_reasoning=in_reasoning, new_id=ids())
+    return OutputParser(format, tools, calls=calls, in_reasoning=in_reasoning, new_id=ids(), answers=answers)
 
 
 def run(parser: OutputParser, pieces: Iterable[str]) -> list[ReplyEvent]:

@@ -47,6 +47,33 @@ def read(
     return every_way(partial(parser, format, calls=calls, in_reasoning=thinking), text)
 
 
+def read_answer(text: str, format: ChatFormat) -> list[ReplyEvent]:
+    return every_way(partial(parser, format, answers=True), text)
+
+
+# ---- answers that have a form
+
+ANSWERED = format_with(HERMES, text=TextSyntax(open="<response>", close="</response>"))
+
+
+@pytest.mark.parametrize("answer", ['{"a": "%s"}', "see %s ok", "[%s", "x\n%s"])
+@pytest.mark.parametrize("said", [CALL, "<tool_call>", "</response>", "<response>", "<think>a</think>"])
+@pytest.mark.parametrize("before", ["", "<response>", "<think>hm</think>\n\n", "<think>hm</think><response>"])
+def test_an_answer_is_text_to_its_end(answer: str, said: str, before: str) -> None:
+    text = answer.replace("%s", said)
+    events = read_answer(before + text, ANSWERED)
+    assert text_of(events) == text
+    assert thought_of(events) == ("hm" if "hm" in before else "")
+    assert not ended(events)
+
+
+@pytest.mark.parametrize("before", ["", "<think>hm</think>\n\n"])
+def test_a_call_in_place_of_an_answer_is_one(before: str) -> None:
+    events = read_answer(before + CALL, ANSWERED)
+    assert list(map(said, ended(events))) == [("get_weather", {"city": "Ulm"})]
+    assert text_of(events) == ""
+
+
 # ---- text and thoughts
 
 

@@ -106,14 +106,15 @@ def test_user_text_that_looks_like_a_control_token_is_none() -> None:
     } == {"<s>"}
 
 
-def test_control_token_of_the_format_is_that_token_and_no_text() -> None:
+def test_control_token_of_the_format_is_that_token_and_cannot_be_spelled() -> None:
     vocabulary = MarkedVocabulary(["<tool_call>"])
     made = ConstraintCompiler(vocabulary).constraint(grammar(tools=(TOOL,), tool_choice="required"))
     assert vocabulary.pieces[made.forced()[0]] == b"<tool_call>"
     lazy = ConstraintCompiler(vocabulary).constraint(grammar(tools=(TOOL,)))
-    for token in b"<tool_call>":  # spelled out it is text like any other
+    for token in b"a <tool_call":
         lazy.accept(token)
     assert may_end(lazy)
+    assert ord(">") not in allowed(lazy)
 
 
 def test_same_grammar_is_compiled_once() -> None:

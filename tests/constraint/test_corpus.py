@@ -38,7 +38,7 @@ def test_instances_are_valid(name: str) -> None:
 
 
 def test_all_but_few_are_enforced_whole() -> None:
-    checked = [name for name in MODELS if json_constraint(schema(name)).checks.answer is not None]
+    checked = [name for name in MODELS if isinstance(json_constraint(schema(name)).checks.answer, Validator)]
     assert checked == []
 
 

@@ -19,6 +19,7 @@ from llama_worker._chat.format import CallSyntax, ChatFormat, ReasoningSyntax, S
 from llama_worker._chat.parser import OutputParser
 from llama_worker._constraint.compiler import ConstraintCompiler
 from llama_worker._constraint.grammar import grammar_of
+from llama_worker._constraint.matcher import Constraint
 from llama_worker._events import InvalidToolCall, ReasoningDelta, ReplyEvent, TextDelta, ToolCallEnded
 from llama_worker._requests import ToolCall
 from llama_worker.testing import IM_END
@@ -298,6 +299,88 @@ def test_text_that_begins_like_a_thought_is_none() -> None:
     """The parser reads a thought there, in which no call is looked for: so the grammar must not see text."""
     made = constraint(request(tools=TOOLS), THINKING)
     assert not fits(made, f"<think>never closed {CALL}")
+
+
+def spells(made: Constraint, text: str) -> bool:
+    """Whether `text` may be said in plain characters."""
+    for byte in text.encode():
+        if byte not in allowed(made):
+            return False
+        made.accept(byte)
+    return True
+
+
+MARKED = [name for name, format in FORMATS.items() if format.calls and format.calls.trigger[:2] in ("<|", "[T")]
+
+
+@pytest.mark.parametrize("before", ["", " \n", "Sure. "])
+@pytest.mark.parametrize("name", MARKED)
+def test_text_does_not_spell_a_trigger_that_is_a_control_token(name: str, before: str) -> None:
+    """The parser looks for characters: to it such a text would be a call, and one that no grammar held."""
+    format = FORMATS[name]
+    assert format.calls is not None
+    compiler, trigger = ConstraintCompiler(vocabulary_of(format)), format.calls.trigger
+    grammar = grammar_of(request(tools=TOOLS), format, in_reasoning=False)
+    assert grammar is not None
+    assert spells(compiler.constraint(grammar), before + trigger[:-1])
+    assert not spells(compiler.constraint(grammar), before + trigger)
+
+
+def test_marked_formats_are_among_those_of_these_tests() -> None:
+    assert {"mistral", "kimi", "harmony"} <= set(MARKED)
+
+
+MARKS = ChatFormat(
+    digest="marks",
+    origin="derived",
+    calls=CallSyntax(
+        call=("<|call|>", Slot.NAME, Slot.ARGUMENTS, "<|/call|>"),
+        arguments=Tagged(
+            key_open="<|key|>",
+            string_open="<|string|>",
+            string_close="<|/string|>",
+            value_open="<|value|>",
+            value_close="<|/value|>",
+        ),
+        trigger="<|call|>",
+    ),
+    reasoning=ReasoningSyntax(open="<|think|>", close="<|/think|>"),
+    text=TextSyntax(open="<|text|>", close="<|/text|>"),
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "spelled"),
+    [
+        ("<|think|>hm ", "<|/think|>"),
+        ("", "<|think|>"),
+        ("", "<|text|>"),
+        ("Hello.", "<|/text|>"),
+        ("<|text|>Hello.", "<|/text|>"),
+        ("<|call|>get_weather<|key|>city<|string|>Ulm", "<|/string|>"),
+    ],
+)
+def test_no_tag_that_is_a_control_token_is_spelled_where_it_counts(said: str, spelled: str) -> None:
+    vocabulary = vocabulary_of(MARKS)
+    grammar = grammar_of(request(tools=(WEATHER,)), MARKS, in_reasoning=False)
+    assert grammar is not None
+    for text, may in ((spelled[:-1], True), (spelled, False)):
+        made = ConstraintCompiler(vocabulary).constraint(grammar)
+        for token in vocabulary.tokenize(said, add_special=False, parse_special=True).tolist():
+            assert token in allowed(made)
+            made.accept(token)
+        assert spells(made, text) == may, text
+
+
+@pytest.mark.parametrize("form", [{"type": "json_object"}, {"type": "regex", "regex": "[a-z{}]+"}], ids=str)
+def test_nothing_stands_behind_an_answer(form: dict[str, Any]) -> None:
+    """What reads it takes all of it for the answer, a tag that closes texts too."""
+    format = FORMATS["typed tags"]
+    for tools in ((), TOOLS):
+        asked = request(tools=tools, response_format=ResponseFormat(**form))
+        assert fits(constraint(asked, format), "<response>{}")
+        assert not fits(constraint(asked, format), "<response>{}</response>")
+    assert fits(constraint(request(tools=TOOLS), format), "<response>{}</response>")
 
 
 def test_tools_and_an_answer_are_either() -> None:

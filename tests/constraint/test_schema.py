@@ -12,6 +12,7 @@ import pytest
 
 from llama_worker import InvalidRequestError, ResponseFormat, ToolSpec
 from llama_worker._constraint.grammar import grammar_of
+from llama_worker._constraint.validation import Enforced, Validator
 from llama_worker._errors import GenerationError
 from tests.constraint.walks import (
     PLAIN,
@@ -229,7 +230,7 @@ def test_schema_is_enforced(name: str) -> None:
     schema, right, wrong = WORKING[name]
     assert accepted(json_constraint(schema, strict=True), right) == len(right)
     assert not fits(json_constraint(schema, strict=True), wrong)
-    assert json_constraint(schema).checks.answer is None
+    assert isinstance(json_constraint(schema).checks.answer, Enforced)
 
 
 def test_object_that_declares_its_properties_has_no_others() -> None:
@@ -253,7 +254,7 @@ GAPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("keyword", GAPS)
 def test_what_cannot_be_enforced_is_checked_or_with_strict_refused(keyword: str) -> None:
-    assert json_constraint(GAPS[keyword]).checks.answer is not None
+    assert isinstance(json_constraint(GAPS[keyword]).checks.answer, Validator)
     with pytest.raises(InvalidRequestError) as info:
         json_constraint(GAPS[keyword], strict=True)
     assert info.value.field == "response_format.json_schema"

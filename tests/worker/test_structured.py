@@ -21,6 +21,8 @@ from llama_worker import (
     ModelConfig,
     ResponseFormat,
 )
+from llama_worker._chat.analysis import format_of
+from llama_worker._chat.template import ChatTemplate
 from llama_worker._engine.base import Span
 from llama_worker._engine.llama import load
 from llama_worker.testing import assert_well_formed, fake_worker
@@ -60,6 +62,46 @@ def test_a_form_and_tools_give_one_or_the_other() -> None:
     assert (json.loads(text.text), text.tool_calls) == (ROME, ())
     assert (called.text, [call.name for call in called.tool_calls]) == ("", ["now"])
     assert_sound(called)
+
+
+SPEAKS_OF_CALLS = 'see <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call> ok'
+STRING = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+FORMS: dict[str, tuple[Any, str]] = {
+    "json_schema": (
+        {"type": "json_schema", "json_schema": {"name": "s", "schema": STRING, "strict": True}},
+        json.dumps({"a": SPEAKS_OF_CALLS}),
+    ),
+    "regex": ({"type": "regex", "regex": "(?s:see .* ok)"}, SPEAKS_OF_CALLS),
+    "choice": ({"type": "choice", "choices": [SPEAKS_OF_CALLS, "no"]}, SPEAKS_OF_CALLS),
+    "lark": ({"type": "lark", "grammar": "start: /see (?s:.*) ok/"}, SPEAKS_OF_CALLS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_that_speaks_of_a_call_calls_nothing(form: str) -> None:
+    asked, answer = FORMS[form]
+    with fake_worker(answer, chat_template=QWEN, n_ctx=8192) as worker:
+        reply = worker.generate(ASK, tools=TOOLS, response_format=asked, max_tokens=500)
+    assert (reply.text, reply.tool_calls, reply.invalid_tool_calls) == (answer, (), ())
+
+
+WRAPPED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and m.tool_calls %}<tool_call>{{ m.tool_calls[0].function | tojson }}</tool_call>"
+    "{% elif m.role == 'assistant' %}<response>{{ m.content }}</response>{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opening", ["", "<response>"])
+def test_an_answer_keeps_the_tags_that_stand_in_it(opening: str) -> None:
+    found = format_of(ChatTemplate(WRAPPED, bos_text="", eos_text="")).text
+    assert (found.open, found.close) == ("<response>", "</response>")
+    asked, _ = FORMS["json_schema"]
+    answer = json.dumps({"a": "it ends with </response> as <response> says"})
+    with fake_worker(opening + answer, chat_template=WRAPPED) as worker:
+        reply = worker.generate(ASK, response_format=asked, max_tokens=500)
+    assert (reply.text, reply.finish_reason) == (answer, "stop")
 
 
 def test_a_text_cut_off_by_length_says_so() -> None:

@@ -21,9 +21,14 @@ from llama_worker import (
     ToolCall,
     ToolCallEnded,
     ToolCallStarted,
+    ToolName,
     ToolSpec,
 )
-from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
+from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.generic import GENERIC_CALLS
+from llama_worker._planning import LazyCompiler, plan_reply
+from llama_worker._requests import GenerationRequest
+from llama_worker.testing import ByteTokenizer, FakeEngine, Gate, fake_loader, fake_worker
 from tests.worker.bench import Bench
 from tests.worker.tools import MAIL, NOW, QWEN, TOOLS, WEATHER, assert_sound, assert_sound_stream
 from tests.worker.waiting import in_thread
@@ -89,6 +94,58 @@ def test_wrong_arguments_cannot_be_written() -> None:
         reply = worker.generate(ASK, tools=[WEATHER], tool_choice="required", max_tokens=500)
     assert_sound(reply)
     assert len(reply.tool_calls) == 1
+
+
+SENTINEL = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}<s>[{% for c in m.tool_calls %}"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}"
+    "{% if not loop.last %}, {% endif %}{% endfor %}]{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Calls begin with a control token."""
+
+
+@pytest.mark.parametrize("call", ['{"name": "rm", "arguments": {"path": "/etc"}}', '{"name": "now", "arguments": {}}'])
+def test_a_call_spelled_without_its_control_token_is_none(call: str) -> None:
+    rm = {"name": "rm", "parameters": {"type": "object", "properties": {"path": {"enum": ["/tmp/a"]}}}}
+    with calling(f"Sure. <s>[{call}]", template=SENTINEL) as worker:
+        reply = worker.generate(ASK, tools=[rm, NOW], max_tokens=200)
+    assert (reply.tool_calls, reply.invalid_tool_calls) == ((), ())
+    assert reply.text.startswith("Sure. <s")
+
+
+def test_a_call_is_checked_even_where_its_grammar_says_all() -> None:
+    """Should a text ever be read as another call than the grammar saw, it is not one that may be followed."""
+    asked = GenerationRequest(messages=tuple(ASK), tools=(ToolSpec(**WEATHER),))
+    format = ChatFormat(digest="", origin="generic", calls=GENERIC_CALLS)
+    vocabulary = ByteTokenizer()
+    check = plan_reply(asked, format, "", vocabulary, LazyCompiler(vocabulary), room=100).check_call
+    assert check is not None
+    right = ToolCall(id="1", name="get_weather", arguments={"city": "Rome", "days": 3})
+    assert check(right) is right
+    for wrong in ({"name": "now"}, {"arguments": {"city": "Rome", "days": 99}}):
+        assert isinstance(check(right.model_copy(update=wrong)), InvalidToolCall)
+
+
+def test_a_schema_of_an_older_draft_is_checked_as_such() -> None:
+    days = {"type": "integer", "minimum": 1, "maximum": 9, "exclusiveMinimum": True}
+    tool = {"name": "wait", "parameters": {"type": "object", "properties": {"days": days}, "required": ["days"]}}
+    with calling('<tool_call>\n{"name": "wait", "arguments": {"days": 7}}\n</tool_call>') as worker:
+        reply = worker.generate(ASK, tools=[tool], max_tokens=200)
+    assert [call.arguments for call in reply.tool_calls] == [{"days": 7}]
+
+
+def test_a_call_of_another_tool_than_the_named_one_is_none() -> None:
+    asked = GenerationRequest(
+        messages=tuple(ASK), tools=(ToolSpec(**WEATHER), ToolSpec(**NOW)), tool_choice=ToolName(name="get_weather")
+    )
+    format = ChatFormat(digest="", origin="generic", calls=GENERIC_CALLS)
+    vocabulary = ByteTokenizer()
+    check = plan_reply(asked, format, "", vocabulary, LazyCompiler(vocabulary), room=100).check_call
+    assert check is not None
+    assert isinstance(check(ToolCall(id="1", name="now", arguments={})), InvalidToolCall)
 
 
 def test_one_call_a_turn_unless_several_are_asked_for(template: str | None) -> None:

@@ -12,20 +12,20 @@ import json
 import secrets
 import string
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from llama_worker._chat.format import ChatFormat, TextSyntax
 from llama_worker._chat.parser import OutputParser
-from llama_worker._constraint.grammar import grammar_of
+from llama_worker._constraint.grammar import callable_tools, grammar_of
 from llama_worker._constraint.rules import Grammar
 from llama_worker._engine.base import Vocabulary
 from llama_worker._errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from llama_worker._events import InvalidToolCall
 from llama_worker._guide import Guide
 from llama_worker._reply import CallCheck, Parser
-from llama_worker._requests import GenerationRequest, ResponseFormat, ToolCall
+from llama_worker._requests import GenerationRequest, Message, ResponseFormat, ToolCall
 
 if TYPE_CHECKING:
     from llama_worker._constraint.compiler import ConstraintCompiler
@@ -113,7 +113,7 @@ def plan_reply(
 
     Blocks for milliseconds. Raises RequestError.
     """
-    in_reasoning = rendered is not None and begins_in_thought(rendered, format)
+    in_reasoning = rendered is not None and begins_in_thought(rendered, format, request.messages or ())
     grammar = grammar_of(request, format, in_reasoning=in_reasoning)
     parser = _parser(request, format, in_reasoning)
     budget = _budget(request, format)
@@ -133,9 +133,21 @@ def plan_reply(
     )
 
 
-def begins_in_thought(rendered: str, format: ChatFormat) -> bool:
-    """Whether the prompt ends with the tag that opens a thought."""
-    return format.reasoning is not None and rendered.rstrip().endswith(format.reasoning.open.strip() or "\0")
+def begins_in_thought(rendered: str, format: ChatFormat, messages: Sequence[Message]) -> bool:
+    """Whether the prompt, `messages` rendered, ends with the tag that opens a thought.
+
+    The template must have written it, and not a message, which may be all that stands at the end.
+    """
+    tag = format.reasoning.open.strip() if format.reasoning is not None else ""
+    end = rendered.rstrip()
+    if not tag or not end.endswith(tag):
+        return False
+    texts = (text for message in messages for text in (message.content, message.reasoning or ""))
+    if not any(text.rstrip().endswith(tag) for text in texts):
+        return True
+    # What opens a reply is nearly always control text, and the guard's marks tell that of a message from it.
+    turn = format.turn_open.strip()
+    return bool(turn) and end.removesuffix(tag).rstrip().endswith(turn)
 
 
 def tokens_of(tag: str, vocabulary: Vocabulary) -> tuple[int, ...]:
@@ -146,10 +158,11 @@ def tokens_of(tag: str, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def _parser(request: GenerationRequest, format: ChatFormat, in_reasoning: bool) -> OutputParser | None:
-    calls = bool(request.tools) and request.tool_choice != "none"
-    if not calls and format.reasoning is None and format.text == TextSyntax():
+    tools = callable_tools(request)
+    if not tools and format.reasoning is None and format.text == TextSyntax():
         return None
-    return OutputParser(format, request.tools, calls=calls, in_reasoning=in_reasoning, new_id=new_id)
+    answers = request.response_format is not None
+    return OutputParser(format, tools, calls=bool(tools), in_reasoning=in_reasoning, new_id=new_id, answers=answers)
 
 
 def new_id() -> str:
@@ -179,19 +192,21 @@ def _opening(guide: Guide, in_reasoning: bool, closing: tuple[int, ...], room: i
 
 
 def _call_check(constraint: Constraint | None) -> CallCheck | None:
-    if constraint is None or not constraint.checks.tools:
+    if constraint is None:
         return None
     return lambda call: _checked(call, constraint.checks)
 
 
 def _checked(call: ToolCall, checks: Checks) -> ToolCall | InvalidToolCall:
-    wrong = checks.call(call.name, call.arguments)
-    if wrong is None:
+    """Every call, also of what the grammar says all: so no reply that is misread is more than an invalid call."""
+    if call.name not in checks.tools:
+        wrong = "this tool may not be called"
+    elif reason := checks.call(call.name, call.arguments):
+        wrong = f"the arguments are not valid: {reason}"
+    else:
         return call
     arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return InvalidToolCall(
-        id=call.id, name=call.name, arguments=arguments, error=f"the arguments are not valid: {wrong}"
-    )
+    return InvalidToolCall(id=call.id, name=call.name, arguments=arguments, error=wrong)
 
 
 def _text_check(constraint: Constraint | None) -> Callable[[str], str | None] | None:

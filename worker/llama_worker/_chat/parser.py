@@ -34,10 +34,12 @@ class OutputParser:
 
     `calls`: tools may be called, so the calls of `format` are looked for; otherwise they are text. `in_reasoning`:
     the prompt ended inside of a thought. Thoughts begin only where no text stands before them, so an answer may
-    speak of the tags. `new_id` gives the ids of calls; each one must be new.
+    speak of the tags. `answers`: a grammar holds the text to a form (`response_format`), so nothing comes behind it,
+    and once it has begun all is text. `new_id` gives the ids of calls; each one must be new.
     """
 
     __slots__ = (
+        "_answers",
         "_blanks",
         "_calls_unmarked",
         "_close",
@@ -66,6 +68,7 @@ class OutputParser:
         calls: bool,
         in_reasoning: bool,
         new_id: Callable[[], str],
+        answers: bool = False,
     ) -> None:
         thoughts, syntax = format.reasoning, format.calls if calls else None
         self._events: list[ReplyEvent] = []
@@ -73,6 +76,7 @@ class OutputParser:
         self._open, self._close = (thoughts.open.strip(BLANKS), thoughts.close.strip(BLANKS)) if thoughts else ("", "")
         # A line break behind the mark is part of it: `all` alone may begin a tool's name.
         self._text_open, self._text_close = format.text.open.lstrip(BLANKS), format.text.close.strip(BLANKS)
+        self._answers = answers
         self._trigger = syntax.trigger if syntax else ""
         self._trigger_at_start = syntax is not None and syntax.only_at_start
         # Nothing marks a call: what begins as nothing else is one.
@@ -160,10 +164,10 @@ class OutputParser:
             raise
 
     def _markers_here(self) -> dict[str, _Begins]:
-        markers = {self._text_close: _Begins.REST}
+        markers = {} if self._answers else {self._text_close: _Begins.REST}
         if not self._said:
             markers |= {self._text_open: _Begins.TEXT, self._open: _Begins.THOUGHT}
-        if not (self._said and self._trigger_at_start):
+        if not (self._said and (self._trigger_at_start or self._answers)):
             markers[self._trigger] = _Begins.CALLS
         return {marker: markers[marker] for marker in sorted(markers, key=len) if marker}
 

@@ -32,11 +32,17 @@ class Answer:
         self.rules: list[tuple[str, Node]] = []
         self.schemas: list[tuple[str, Schema]] = []
         self.checks: list[Check] = []
-        for text in (wanted.regex, wanted.grammar):
-            if text is not None and len(text) > _MOST_CHARACTERS:
-                raise InvalidRequestError(self.field, text, f"longer than {_MOST_CHARACTERS} characters; shorten it")
+        for text in (wanted.regex, wanted.grammar, *(wanted.choices or ())):
+            if text is not None:
+                self._require_usable(text)
         if wanted.type in ("json_object", "json_schema"):
             self._read_schema()
+
+    def _require_usable(self, text: str) -> None:
+        if len(text) > _MOST_CHARACTERS:
+            raise InvalidRequestError(self.field, text, f"longer than {_MOST_CHARACTERS} characters; shorten it")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InvalidRequestError(self.field, text, "half a surrogate pair is no character; leave it out")
 
     def _read_schema(self) -> None:
         given = self._wanted.json_schema if self._wanted.type == "json_schema" else {"type": "object"}

@@ -11,6 +11,8 @@ from typing import Final
 from llama_worker._chat.calls import name_in, string_is_open
 from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
 from llama_worker._constraint.escaped import EscapedJson
+from llama_worker._constraint.plain_json import json_text
+from llama_worker._constraint.references import Document
 from llama_worker._constraint.rules import Check, Json, Many, Node, Pattern, Plain, Row, Schema, Text, either, row
 from llama_worker._constraint.schema import arguments_schema, read_schema
 from llama_worker._constraint.tagged import TaggedArguments
@@ -39,7 +41,11 @@ class Calls:
         for index, tool in enumerate(self.tools):
             if tool.name != tool.name.strip():
                 raise InvalidRequestError("tools", tool.name, "a name neither begins nor ends with a blank")
-            self._arguments[tool.name] = self._arguments_of(tool, f"t{index}")
+            try:
+                self._arguments[tool.name] = self._arguments_of(tool, f"t{index}")
+            except RecursionError:  # the caller's own stack is nearly full
+                where = f"tools.{tool.name}.parameters"
+                raise InvalidRequestError(where, "<schema>", "nested too deeply for the stack that is left") from None
 
     def whole(self) -> Node:
         """All calls of a turn, from the first character on."""
@@ -76,7 +82,8 @@ class Calls:
     def _arguments_of(self, tool: ToolSpec, name: str) -> Node:
         where = f"tools.{tool.name}.parameters"
         parameters = arguments_schema(tool.parameters, where)
-        schema = read_schema(parameters, where, strict=bool(tool.strict))
+        document = Document(json.loads(json_text(parameters, where)))
+        schema = read_schema(document.root, where, strict=bool(tool.strict), root=document)
         if self.syntax.arguments == "json":
             self.schemas.append((name, schema))
             self.checks.append(Check(tool=tool.name, schema=schema, parts=(name,)))
@@ -84,7 +91,7 @@ class Calls:
         self.checks.append(Check(tool=tool.name, schema=schema))
         if isinstance(self.syntax.arguments, Tagged):
             tagged = TaggedArguments(
-                self.syntax.arguments, name, where, tool.model_copy(update={"parameters": parameters})
+                self.syntax.arguments, name, where, tool.model_copy(update={"parameters": document.root}), document
             )
             node = tagged.node()
             self.rules += tagged.rules

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -17,14 +17,19 @@ from numpy.typing import NDArray
 
 from llama_worker._constraint.lark import ControlTexts, grammar_text, json_rule
 from llama_worker._constraint.matcher import Constraint, forced_tokens
+from llama_worker._constraint.references import nodes
 from llama_worker._constraint.rules import Given, Grammar, Schema
-from llama_worker._constraint.validation import Checks, Validator
+from llama_worker._constraint.validation import Checks, Enforced, Validator
 from llama_worker._engine.base import Vocabulary
 from llama_worker._errors import InvalidRequestError, UnsupportedFeatureError
 
 logger = logging.getLogger("llama_worker")
 
 _MOST_KEPT: Final = 64
+_MOST_FREE: Final = 8  # of those that the caller wrote: their lexers may come to some 20 MB each while they are used
+_FREE: Final = ("response_format.regex", "response_format.grammar")
+_SHORT_ESCAPES: Final = 'nrbtf\\"'
+_DRAFT_4: Final = "http://json-schema.org/draft-04/schema#"
 _WRITABLE: Final = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
 _Mode = Literal["exact", "lenient", "loose"]
 _MODES: Final[tuple[_Mode, ...]] = ("exact", "lenient", "loose")
@@ -72,16 +77,24 @@ class ConstraintCompiler:
         if compiled is None:
             compiled = self._compiled(grammar)
             with self._lock:
-                self._kept[grammar] = compiled
-                while len(self._kept) > _MOST_KEPT:
-                    self._kept.popitem(last=False)
+                self._keep(grammar, compiled)
         return Constraint(
             compiled.matcher.deep_copy(),
             self._vocabulary.n_tokens,
             checks=compiled.checks,
             ahead=compiled.ahead,
             words=compiled.words,
+            field=grammar.field,
         )
+
+    def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
+        """The lock is held. The longest unused goes, of its kind first."""
+        self._kept[grammar] = compiled
+        free = [kept for kept in self._kept if kept.field in _FREE]
+        for kept in free[: max(0, len(free) - _MOST_FREE)]:
+            del self._kept[kept]
+        while len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
 
     def _compiled(self, grammar: Grammar) -> _Compiled:
         tokenizer = self._llguidance_tokenizer()
@@ -158,7 +171,20 @@ def _tokenizer(vocabulary: Vocabulary, controls: Mapping[str, int]) -> LLTokeniz
 
 
 def _directive(schema: Schema, mode: _Mode) -> str:
-    return json_rule(json.loads(schema.loose if mode == "loose" else schema.exact), lenient=mode != "exact")
+    document = json.loads(schema.loose if mode == "loose" else schema.exact)
+    return json_rule(document, lenient=mode != "exact", escapes=_escapes(document))
+
+
+def _escapes(document: Any) -> str:
+    """What may follow a backslash. Where others may stand beside declared properties, no key has a second spelling:
+    llguidance tells keys apart by what is written. Control characters that are asked for need one all the same.
+    """
+    asked = "\\u00" in json.dumps(document, ensure_ascii=False)
+    opens = any(
+        node.get("properties") and (node.get("additionalProperties", True) or node.get("patternProperties"))
+        for node in nodes(document)
+    )
+    return _SHORT_ESCAPES if opens and not asked else _SHORT_ESCAPES + "u"
 
 
 def _enforceable(schema: Schema) -> _Mode:
@@ -181,11 +207,14 @@ def _refused(field: str, error: str) -> InvalidRequestError:
 
 def _checks(grammar: Grammar, modes: Mapping[str, _Mode]) -> Checks:
     tools: dict[str, Validator] = {}
-    answer: Validator | None = None
+    answer: Validator | Enforced | None = None
     for check in grammar.checks:
-        if check.parts and all(modes[part] == "exact" for part in check.parts):
+        exact = bool(check.parts) and all(modes[part] == "exact" for part in check.parts)
+        # What a call may do is worth a second look, even where the grammar says all of it.
+        if check.tool is None and exact:
+            answer = Enforced()
             continue
-        validator = Validator(check.schema.original, check.schema.field)
+        validator = _validator(check.schema, exact=exact)
         if check.tool is None:
             answer = validator
         else:
@@ -195,6 +224,17 @@ def _checks(grammar: Grammar, modes: Mapping[str, _Mode]) -> Checks:
             what = ", ".join(schema.gaps) or "a part of it"
             logger.warning("%s: %s is not enforced while sampling; what was sampled is checked", schema.field, what)
     return Checks(tools, answer)
+
+
+def _validator(schema: Schema, *, exact: bool) -> Validator:
+    """What could be compiled whole may be of the draft in which `exclusiveMinimum` was a switch. Then it is read so."""
+    try:
+        return Validator(schema.original, schema.field)
+    except InvalidRequestError:
+        if not exact:
+            raise
+        older = {**json.loads(schema.original), "$schema": _DRAFT_4}
+        return Validator(json.dumps(older, ensure_ascii=False), schema.field)
 
 
 def _regex(pattern: str) -> str:

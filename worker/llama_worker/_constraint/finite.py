@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from llama_worker._constraint.places import mapped
+from llama_worker._constraint.references import nodes
 
 
 def finite_definitions(defs: dict[str, Any]) -> set[str]:
     """The definitions of which a finite value can be: the least set that says so of itself."""
+    users = _users(defs)
     able: set[str] = set()
-    while True:
-        more = {name for name, body in defs.items() if name not in able and has_value(body, able)}
-        if not more:
-            return able
+    asked = set(defs)
+    while asked:  # each time those for which something has changed
+        more = {name for name in asked if has_value(defs[name], able)}
         able |= more
+        asked = {user for name in more for user in users.get(name, ())} - able
+    return able
+
+
+def _users(defs: dict[str, Any]) -> dict[str, set[str]]:
+    users: dict[str, set[str]] = {}
+    for name, body in defs.items():
+        for node in nodes(body):
+            if isinstance(node.get("$ref"), str):
+                users.setdefault(node["$ref"].removeprefix("#/$defs/"), set()).add(name)
+    return users
 
 
 def has_value(schema: Any, able: set[str]) -> bool:

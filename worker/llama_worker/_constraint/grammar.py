@@ -36,14 +36,14 @@ def grammar_of(request: GenerationRequest, format: ChatFormat, *, in_reasoning: 
     `in_reasoning`: the prompt ends inside a thought. Raises InvalidRequestError for schemas and names that cannot
     be enforced, UnsupportedFeatureError for tools where the format knows none.
     """
-    tools = _callable(request)
+    tools = callable_tools(request)
     if not tools and request.response_format is None:
         return None
     return _Reply(request, format, in_reasoning, tools).grammar()
 
 
-def _callable(request: GenerationRequest) -> Sequence[ToolSpec]:
-    """The tools that this reply may call."""
+def callable_tools(request: GenerationRequest) -> Sequence[ToolSpec]:
+    """The tools that the reply to `request` may call."""
     if isinstance(request.tool_choice, ToolName):
         return [tool for tool in request.tools if tool.name == request.tool_choice.name]
     return () if request.tool_choice == "none" else request.tools
@@ -132,12 +132,13 @@ class _Reply:
         text = self._format.text
         opened = Maybe(Opening(text.open.lstrip())) if text.open else None
         unless = self._beginnings(calls=False)
+        marks = tuple(filter(None, (calls.syntax.trigger, text.close.strip())))
         ways = [
-            row(Span(close=calls.syntax.trigger, unless=unless), calls.behind_trigger()),
-            Span(unless=unless),
+            row(Span(close=calls.syntax.trigger, unless=unless, marks=marks), calls.behind_trigger()),
+            Span(unless=unless, marks=marks),
         ]
         if text.close:
-            closed = Span(close=text.close.strip(), unless=unless)
+            closed = Span(close=text.close.strip(), unless=unless, marks=marks)
             ways += [row(closed, begun), closed]
         return row(opened, either(*ways))
 
@@ -148,11 +149,15 @@ class _Reply:
         return tuple(filter(None, (thought, self._format.text.open.lstrip(), trigger)))
 
     def _text(self, answer: Node, *, marked: bool = False) -> Node:
-        """An answer, with what the template may put around it. `marked`: what begins it must be there."""
+        """An answer, with what the template may put around it. `marked`: what begins it must be there.
+
+        Behind an answer that must have a form nothing is put: whoever reads it takes all of it for the answer.
+        """
         syntax = self._format.text if self._in_chat else TextSyntax()
         opening = self._marker(syntax.open.lstrip())
         before = opening if marked else Maybe(opening) if syntax.open else None
-        return row(before, answer, Maybe(Text(syntax.close.strip())) if syntax.close else None)
+        closes = syntax.close and self._answer is None
+        return row(before, answer, Maybe(Text(syntax.close.strip())) if closes else None)
 
     def _spoken(self) -> Node:
         """Any text, or the one that is wanted."""

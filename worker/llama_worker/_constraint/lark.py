@@ -51,9 +51,9 @@ class ControlTexts:
         return [piece for piece in [*pieces, text[end:]] if piece != ""]
 
 
-def json_rule(schema: Any, *, lenient: bool) -> str:
-    """The `%json` directive for one schema, given as a JSON value."""
-    options = {**_JSON, "lenient": True} if lenient else _JSON
+def json_rule(schema: Any, *, lenient: bool, escapes: str) -> str:
+    """The `%json` directive for one schema, given as a JSON value. `escapes`: what may follow a backslash."""
+    options = {**_JSON, "json_allowed_escapes": escapes, **({"lenient": True} if lenient else {})}
     body = {"allOf": [schema]} if isinstance(schema, bool) else schema
     return "%json " + json.dumps({"x-guidance": options, **body}, ensure_ascii=False)
 
@@ -162,14 +162,16 @@ class _Writer:
 
     def _body(self, span: Span) -> str:
         wanted = [self._terminal(f"/{self.regex(pattern)}/") for pattern in span.patterns] or [_ANY]
-        refused = [f"{_ANY} {quoted(text)} {_ANY}" for text in span.without]
-        for text in span.unless:
-            pieces = self.controls.split(text)
-            if len(pieces) == 1 and isinstance(pieces[0], str):  # no text can begin with a control token
-                refused.append(f"{_BLANKS} {quoted(text)} {_ANY}")
+        spelled = filter(self._has_control, (span.close, *span.marks))
+        refused = [f"{_ANY} {quoted(text)} {_ANY}" for text in dict.fromkeys((*span.without, *spelled))]
+        # No text begins with a control token, but it may spell one.
+        refused += [f"{_BLANKS} {quoted(text)} {_ANY}" for text in span.unless]
         if refused and not span.patterns:
             wanted = [self._terminal(_ANY)]
         return " & ".join(wanted + [f"~{self._terminal(text)}" for text in refused])
+
+    def _has_control(self, text: str) -> bool:
+        return any(isinstance(piece, int) for piece in self.controls.split(text))
 
     def _terminal(self, body: str) -> str:
         name = f"T{len(self.lines)}"

@@ -22,7 +22,7 @@ class Constraint:
     After GenerationError it is of no more use. `checks` is what the grammar does not see to.
     """
 
-    __slots__ = ("_ahead", "_current", "_mask", "_matcher", "_n_bytes", "_words", "checks")
+    __slots__ = ("_ahead", "_current", "_mask", "_matcher", "_n_bytes", "_words", "checks", "field")
 
     def __init__(
         self,
@@ -32,9 +32,14 @@ class Constraint:
         checks: Checks,
         ahead: Sequence[int],
         words: NDArray[np.uint32] | None,
+        field: str = "the grammar",
     ) -> None:
-        """`ahead`: tokens that `matcher` has accepted and the reply has not; `words`: its mask after them."""
+        """`ahead`: tokens that `matcher` has accepted and the reply has not; `words`: its mask after them.
+
+        `field` is where the caller said what the reply must be, for errors.
+        """
         self.checks = checks
+        self.field = field
         self._matcher = matcher
         self._ahead = list(ahead)
         self._words = np.zeros((n_tokens + 31) // 32, np.uint32) if words is None else words.copy()
@@ -64,7 +69,7 @@ class Constraint:
             return
         self._current = False
         if not self._matcher.consume_token(token):
-            raise GenerationError(f"token {token} does not fit the grammar of this reply{self._error()}")
+            raise GenerationError(f"token {token} does not fit the grammar of this reply ({self.field}){self._error()}")
 
     def forced(self) -> list[int]:
         """The tokens that must follow now, in order; they count as accepted. Often none. Raises GenerationError."""
@@ -82,7 +87,9 @@ class Constraint:
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():
-            raise GenerationError(f"the grammar of this reply cannot be followed any further{self._error()}")
+            raise GenerationError(
+                f"{self.field} is too complex to be followed any further; make it simpler{self._error()}"
+            )
 
     def _error(self) -> str:
         # Its first line; what comes after may quote the schema.

@@ -21,3 +21,18 @@ def mapped(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, An
         elif key in SINGLES:
             changed[key] = change(value)
     return changed
+
+
+def levels(schema: Any) -> int:
+    """How many schemas stand in each other at most, those that it refers to left out."""
+    count, level = 0, [schema]
+    while level:
+        count += 1
+        level = [part for outer in level if isinstance(outer, dict) for part in _parts(outer)]
+    return count
+
+
+def _parts(schema: dict[str, Any]) -> list[Any]:
+    found: list[Any] = []
+    mapped(schema, found.append)
+    return found

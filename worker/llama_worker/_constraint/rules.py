@@ -43,13 +43,15 @@ class Span:
     """Running text up to the first `close`, and with it; without one, any text.
 
     The text before it matches each of `patterns` (regular expressions, whole), has none of `without` in it and,
-    blanks aside, does not begin with any of `unless`.
+    blanks aside, does not begin with any of `unless`. What is read later is characters: so where `close` or one of
+    `marks` has control tokens in it, the text does not spell it out.
     """
 
     close: str = ""
     patterns: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ class Schema:
 class Check:
     """The arguments of `tool`, or with None the text, must in the end be a value of `schema`.
 
-    Not looked at where the grammar already says all of it: with `parts`, where each of these was compiled exactly.
+    A text is not looked at where the grammar already says all of it: with `parts`, where each of these was compiled
+    exactly. A call always is.
     """
 
     tool: str | None

@@ -18,10 +18,11 @@ from typing import Any, Final, TypeAlias
 
 from llama_worker._constraint.finite import finite_definitions, has_value, without_dead
 from llama_worker._constraint.formats import LOOKAHEADS, NATIVE, PATTERNS, ecma
-from llama_worker._constraint.places import LISTS, MAPS, SINGLES, mapped
+from llama_worker._constraint.places import LISTS, MAPS, SINGLES, levels, mapped
 from llama_worker._constraint.plain_json import json_text
-from llama_worker._constraint.references import pointed
+from llama_worker._constraint.references import Document, nodes
 from llama_worker._constraint.rules import Schema
+from llama_worker._constraint.shapes import misshapen
 from llama_worker._errors import InvalidRequestError
 
 JsonSchema: TypeAlias = dict[str, Any] | bool
@@ -73,18 +74,25 @@ _REFUSED: Final = {
     "$recursiveRef": "use $ref",
 }
 _MOST_BYTES: Final = 256 << 10
+_MOST_LEVELS: Final = 1000  # llguidance follows references by recursion, and an overflow would end the process
 _MOST_INTEGER: Final = 9 * 10**18  # what llguidance can count up to, nearly 64 bits
 
 
-def read_schema(schema: object, where: str, *, strict: bool, root: object = None) -> Schema:
+def read_schema(schema: object, where: str, *, strict: bool, root: Document | None = None) -> Schema:
     """A schema as it can be compiled. `root` is the document that its references mean, if that is another.
 
     Raises InvalidRequestError with the field `where`: for what is no schema, out of bounds, remote, impossible or,
     with `strict`, not to be enforced whole.
     """
+    try:
+        return _read(schema, where, strict, root)
+    except RecursionError:  # the caller's own stack is nearly full
+        raise InvalidRequestError(where, "<schema>", "nested too deeply for the stack that is left") from None
+
+
+def _read(schema: object, where: str, strict: bool, root: Document | None) -> Schema:
     original = json_text(schema, where)
-    document = json.loads(original if root is None else json_text(root, where))
-    reader = _Reader(where, document)
+    reader = _Reader(where, root or Document(json.loads(original)))
     exact = reader.whole(json.loads(original))
     if strict and reader.gaps:
         raise InvalidRequestError(
@@ -121,13 +129,18 @@ class _Reader:
     """Writes one document anew. `gaps` are the keywords that the grammar will not know, in order."""
 
     where: str
-    document: Any
+    document: Document
     gaps: dict[str, None] = field(default_factory=dict)
     _names: dict[tuple[str, bool], str] = field(default_factory=dict)
     _defs: dict[str, JsonSchema] = field(default_factory=dict)
+    _asked: list[tuple[str, Any, bool]] = field(default_factory=list)
 
     def whole(self, schema: object) -> JsonSchema:
         written = self.schema(schema, exact=False)
+        while self._asked:  # not where they are referred to: a chain of references is no depth of the stack
+            name, target, exact = self._asked.pop()
+            self._defs[name] = self.schema(target, exact=exact)
+        self._require_shallow(written)
         able = finite_definitions(self._defs)
         if not has_value(written, able):
             raise self._bad("<schema>", "no finite value is of it; look at required properties, items and references")
@@ -136,13 +149,28 @@ class _Reader:
             return written  # type: ignore[no-any-return]
         return {**written, "$defs": {name: defs[name] for name in sorted(defs)}}
 
+    def _require_shallow(self, written: JsonSchema) -> None:
+        """However the definitions refer to each other, they cannot lead deeper than all of them together."""
+        inner = [levels(body) for body in self._defs.values() if any("$ref" in node for node in nodes(body))]
+        depth = levels(written) + sum(inner)
+        if depth > _MOST_LEVELS:
+            reason = f"references lead through up to {depth} levels, over {_MOST_LEVELS}; use fewer definitions"
+            raise self._bad("<schema>", reason)
+
     def schema(self, schema: object, *, exact: bool) -> JsonSchema:
         """`schema`, written anew. `exact`: nothing may become narrower, for more is said about the same value."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             raise self._bad(type(schema).__name__, "a schema is an object, true or false")
+        self._require_shape(schema)
         return self._object(_plain(schema), exact)
+
+    def _require_shape(self, schema: dict[str, Any]) -> None:
+        names = schema.get("propertyNames")
+        for said in (schema, names) if isinstance(names, dict) else (schema,):
+            if wrong := misshapen(said):
+                raise self._bad(*wrong)
 
     def _object(self, schema: dict[str, Any], exact: bool) -> JsonSchema:
         self._refuse(schema)
@@ -254,7 +282,7 @@ class _Reader:
         for key, way_out in _REFUSED.items():
             if key in schema:
                 raise self._bad(key, f"it cannot be enforced; {way_out}")
-        if schema.get("$id") not in (None, self.document.get("$id")) and '"$ref"' in json.dumps(self.document):
+        if schema.get("$id") not in (None, self.document.id) and self.document.references:
             raise self._bad("$id", "references across documents are not followed; use $defs and #/$defs/...")
 
     def _definition(self, reference: Any, exact: bool) -> str:
@@ -266,10 +294,10 @@ class _Reader:
         key = (reference, exact)
         if key not in self._names:
             self._names[key] = name = f"d{len(self._names)}"
-            target = pointed(self.document, reference)
+            target = self.document.pointed(reference)
             if not isinstance(target, dict | bool):
                 raise self._bad(f"$ref: {reference}", "there is no schema at this place")
-            self._defs[name] = self.schema(target, exact=exact)
+            self._asked.append((name, target, exact))
         return self._names[key]
 
     def _tagged(self, branches: list[Any]) -> bool:
@@ -284,13 +312,14 @@ class _Reader:
         for _ in range(8):
             if not (isinstance(branch, dict) and isinstance(branch.get("$ref"), str)):
                 break
-            branch = pointed(self.document, branch["$ref"])
+            branch = self.document.pointed(branch["$ref"])
         if not isinstance(branch, dict) or branch.get("type") != "object":
             return {}
         properties, required = branch.get("properties"), branch.get("required")
         if not isinstance(properties, dict) or not isinstance(required, list):
             return {}
-        return {key: values for key in required if (values := _fixed(properties.get(key)))}
+        names = [key for key in required if isinstance(key, str)]
+        return {key: values for key in names if (values := _fixed(properties.get(key)))}
 
     def _bad(self, value: object, reason: str) -> InvalidRequestError:
         return InvalidRequestError(self.where, value, reason)

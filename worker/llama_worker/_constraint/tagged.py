@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 from llama_worker._chat.format import Tagged
 from llama_worker._chat.parameters import nullable_parameters, parameter_types, text_parameters
 from llama_worker._constraint.formats import LOOKAHEADS, PATTERNS, ecma
-from llama_worker._constraint.references import declared, resolved
+from llama_worker._constraint.references import Document
 from llama_worker._constraint.rules import Json, Many, Maybe, Node, Plain, Ref, Row, Schema, Span, Text, either, row
 from llama_worker._constraint.schema import read_schema
 from llama_worker._errors import InvalidRequestError
@@ -28,18 +28,24 @@ class TaggedArguments:
     name: str
     where: str
     tool: ToolSpec
+    document: Document
     rules: list[tuple[str, Node]] = field(default_factory=list)
     schemas: list[tuple[str, Schema]] = field(default_factory=list)
+    _texts: frozenset[str] = frozenset()
+    _nullable: frozenset[str] = frozenset()
 
     def node(self) -> Node:
         """The arguments. Fills `rules` and `schemas`. Raises InvalidRequestError."""
-        schema = declared(self.tool.parameters)
+        schema = self.document.declared()
         properties = schema.get("properties")
         if self.tool.strict and (beyond := sorted(_BEYOND & schema.keys())):
             raise self._not_whole(beyond[0])
         if not isinstance(properties, dict):
             return self._anything(schema)
+        self._texts, self._nullable = text_parameters(self.tool), nullable_parameters(self.tool)
         required = set(schema.get("required") or ())
+        if never := sorted(required - properties.keys()):
+            raise self._undeclared(never[0])
         items = [(self._parameter(key, sub), key in required) for key, sub in properties.items()]
         if not self.syntax.between:
             return Row(tuple(written("") if needed else Maybe(written("")) for written, needed in items))
@@ -65,7 +71,7 @@ class TaggedArguments:
         syntax = self.syntax
         if not key or key != key.strip():
             raise InvalidRequestError(self.where, key, "this model's format cannot write a parameter of that name")
-        if key in text_parameters(self.tool) and not syntax.json_strings:
+        if key in self._texts and not syntax.json_strings:
             forms = [(syntax.string_open, self._rule(self._string(key, schema)))]
         else:
             forms = [(syntax.value_open + kind, self._rule(value)) for kind, value in self._values(key, schema)]
@@ -95,7 +101,7 @@ class TaggedArguments:
 
     def _json(self, key: str, schema: Any) -> Node:
         name = f"{self.name}_s{len(self.schemas)}"
-        read = read_schema(schema, f"{self.where}.{key}", strict=bool(self.tool.strict), root=self.tool.parameters)
+        read = read_schema(schema, f"{self.where}.{key}", strict=bool(self.tool.strict), root=self.document)
         self.schemas.append((name, read))
         return Json(name)
 
@@ -103,7 +109,7 @@ class TaggedArguments:
         """A string as it is, with what closes it."""
         syntax = self.syntax
         close = syntax.string_close + ("" if syntax.key_again is None else key + syntax.key_again)
-        plain = resolved(schema, self.tool.parameters)
+        plain = self.document.resolved(schema)
         values = [plain["const"]] if "const" in plain else plain.get("enum")
         if isinstance(values, list):
             texts = ["null" if value is None else value for value in values]
@@ -115,7 +121,7 @@ class TaggedArguments:
         if more and self.tool.strict:
             raise self._not_whole(f"{key}: {more}")
         text = Span(close=close, patterns=patterns, without=(close,) if patterns else ())
-        if not patterns or key not in nullable_parameters(self.tool):
+        if not patterns or key not in self._nullable:
             return text
         return either(text, row(Plain("null"), Text(close)))
 
@@ -124,13 +130,17 @@ class TaggedArguments:
             self.where, keyword, "this model's format cannot enforce it; leave it out, or leave strict out"
         )
 
+    def _undeclared(self, key: str) -> InvalidRequestError:
+        return InvalidRequestError(self.where, key, "it is required, but not among the properties; declare it there")
+
     def _anything(self, schema: Mapping[str, Any]) -> Node:
         """An object that says nothing of its properties: any, each a JSON value."""
         others = schema.get("additionalProperties", True)
-        if others is False:
-            return Row(())
         syntax = self.syntax
-        if syntax.type_close is not None or syntax.key_again is not None:
+        free = others is not False and syntax.type_close is None and syntax.key_again is None
+        if schema.get("required") and (self.tool.strict or not free):
+            raise self._undeclared(schema["required"][0])
+        if not free:
             return Row(())
         key = Span(close=syntax.value_open, patterns=(_KEY,))
         one = row(Text(syntax.key_open), key, self._json("additionalProperties", others), Text(syntax.value_close))

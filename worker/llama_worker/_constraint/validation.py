@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import jsonschema_rs
 
+from llama_worker._constraint.effort import is_costly, refers_too_often
 from llama_worker._constraint.plain_json import is_deeper
+from llama_worker._constraint.references import Document, nodes
 from llama_worker._errors import InvalidRequestError
 
 _DEEPEST: Final = 200  # jsonschema_rs recurses; an overflow of its stack would end the process
@@ -18,19 +20,31 @@ _DEEPEST: Final = 200  # jsonschema_rs recurses; an overflow of its stack would 
 class Validator:
     """One schema. `check` may be called from any thread. Nothing is ever fetched.
 
-    Raises InvalidRequestError for what is no schema, naming `where`.
+    Raises InvalidRequestError for what is no schema, or cannot be checked in bounded time, naming `where`.
     """
 
     def __init__(self, schema: str, where: str) -> None:
+        self._document = Document(_known(schema))
+        if self._document.refers_elsewhere:
+            reason = "only references into the same schema are followed; put what they mean under $defs"
+            raise InvalidRequestError(where, "<schema>", reason)
+        if refers_too_often(self._document):
+            reason = "with its references written out it is too large to be checked; refer to less at once"
+            raise InvalidRequestError(where, "<schema>", reason)
         try:
-            self._validator = jsonschema_rs.validator_for(_known(schema), validate_formats=True, offline=True)
+            self._validator = jsonschema_rs.validator_for(self._document.root, validate_formats=True, offline=True)
         except (ValueError, jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError) as exc:
             raise InvalidRequestError(where, "<schema>", f"it is no usable JSON schema: {_reason(exc)}") from None
 
     def check(self, value: Any) -> str | None:
-        """What is wrong with `value`: where, and which keyword says so, but not what it is. None if nothing."""
+        """What is wrong with `value`: where, and which keyword says so, but not what it is. None if nothing.
+
+        Takes time in proportion to the value: one whose check would take far more counts as wrong.
+        """
         if is_deeper(value, _DEEPEST):
             return f"it is nested more than {_DEEPEST} levels deep"
+        if is_costly(self._document, value):
+            return "its schema refers to itself in so many ways that it cannot be checked"
         for error in self._validator.iter_errors(value):
             place = "/".join(map(str, error.instance_path)) or "the value"
             return f"{place} is not as {error.kind.name} wants it"
@@ -38,8 +52,14 @@ class Validator:
 
 
 def _known(schema: str) -> Any:
-    """The schema; what names a language that nobody knows is read as the newest."""
+    """The schema; what names a language that nobody knows is read as the newest that has what it says."""
     value = json.loads(schema)
+    if (
+        isinstance(value, dict)
+        and "$schema" not in value
+        and any(isinstance(n.get("items"), list) for n in nodes(value))
+    ):
+        value["$schema"] = "https://json-schema.org/draft/2019-09/schema"  # the last one with tuples of this kind
     if isinstance(value, dict) and "json-schema.org/" not in str(value.get("$schema", "json-schema.org/")):
         del value["$schema"]
     return value
@@ -49,12 +69,27 @@ def _reason(exc: Exception) -> str:
     return str(exc).partition("\n")[0][:200]
 
 
+class Enforced:
+    """Stands for the schema of an answer of which the grammar says all."""
+
+    def check(self, value: Any) -> str | None:
+        return None
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads. Raises ValueError where a key stands twice: readers differ in which of its values counts."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What is left to check when a reply is whole: nothing, where its grammar says all."""
+    """What is left to check when a reply is whole."""
 
     tools: Mapping[str, Validator] = field(default_factory=dict)
-    answer: Validator | None = None
+    answer: Validator | Enforced | None = None
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """What is wrong with the arguments of a call; None if nothing."""
@@ -66,7 +101,7 @@ class Checks:
         if self.answer is None:
             return None
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=distinct)
         except (ValueError, RecursionError):
-            return "it is no whole JSON value"
+            return "it is no whole JSON value, or a key stands twice in one of its objects"
         return self.answer.check(value)
