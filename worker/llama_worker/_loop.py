@@ -71,7 +71,11 @@ def step(service: Service) -> bool:
 def _rest(service: Service) -> None:
     """Wait for something to do; let an idle model go when its time is up."""
     now = service.clock()
-    since = service.idle_since = now if service.idle_since is None else service.idle_since
+    if service.idle_since is None:
+        service.idle_since = now
+        if service.loaded is not None:
+            service.loaded.engine.rest()
+    since = service.idle_since
     if service.keep_alive is None or service.loaded is None or service.preparing or service.renewed:
         service.channel.wait(_IDLE_LOOK)
     elif now - since < service.keep_alive:

@@ -226,6 +226,7 @@ class FakeEngine:
         self.abort_flag = FakeAbortFlag()
         self.hanging = threading.Event()
         self.closed = False
+        self.n_rests = 0
         self.samplers: list[FakeSampler] = []
         self._scripts = itertools.cycle([deque(r.encode()) for r in self.replies]) if self.replies else None
         self._seqs: list[list[_Row]] = [[] for _ in range(self.limits.n_seq)]
@@ -365,6 +366,10 @@ class FakeEngine:
         if self.abort_flag.raised.is_set():
             raise Aborted("the embedding was aborted")
         return np.stack([_random(text.tobytes(), self.limits.n_embd) for text in texts])
+
+    def rest(self) -> None:
+        """See Engine.rest."""
+        self.n_rests += 1
 
     def adopt(self) -> None:
         """See Engine.adopt."""

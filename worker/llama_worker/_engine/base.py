@@ -226,6 +226,10 @@ class Engine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is computed next: threads that were kept ready beside the calling one may go. Any thread."""
+        ...
+
     def adopt(self) -> None:
         """The calling thread owns the engine from now on; the one that did must not use it any more."""
         ...

@@ -66,7 +66,11 @@ def load(config: ModelConfig) -> LoadedModel:
     info = read_info(path)
     config = fit_to_memory(info, config)
     vocabulary = LlamaVocabulary(path)
-    return LoadedModel(engine=LlamaEngine(config, path, info), vocabulary=vocabulary, info=info, config=config)
+    try:
+        engine = LlamaEngine(config, path, info)
+    finally:
+        library().let_team_go()  # this thread's, which computed to probe the memory
+    return LoadedModel(engine=engine, vocabulary=vocabulary, info=info, config=config)
 
 
 class LlamaEngine:
@@ -147,6 +151,10 @@ class LlamaEngine:
         if self._embedder is None:
             self._embedder = self._new_embedder()
         return self._embedder.embed(texts)
+
+    def rest(self) -> None:
+        """See `base.Engine`."""
+        self._lib.let_team_go()
 
     def adopt(self) -> None:
         """See `base.Engine`."""
