@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -315,11 +316,18 @@ def test_a_second_call_that_is_cut_off_leaves_the_first(name: str) -> None:
     assert len(others) == 1
 
 
+def test_of_a_key_that_stands_twice_the_last_one_counts_as_in_the_pieces() -> None:
+    text = '<tool_call>{"name": "ping", "arguments": {"city": 1, "b": {"a": 1, "a": 2}, "city": 2}}</tool_call>'
+    events = run(parser(WITH_HERMES), [text])
+    (call,) = ended(events)
+    (told,) = [event.arguments for event in events if isinstance(event, ToolCallDelta)]
+    assert isinstance(call, ToolCall)
+    assert call.arguments == json.loads(told) == {"city": 2, "b": {"a": 2}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ('{"city": 1, "city": 2}', "key twice"),
-        ('{"city": {"a": 1, "a": 2}}', "key twice"),
         ('{"days": NaN}', "NaN"),
         ('{"days": -Infinity}', "-Infinity"),
         ('{"days": 1e999}', "too large"),

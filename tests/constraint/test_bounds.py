@@ -146,12 +146,12 @@ def test_references_in_a_circle_are_followed_once() -> None:
     assert Validator('{"anyOf": [{"$ref": "#"}, {"type": "string"}]}', "here").check("x") is None
 
 
-def test_key_that_stands_twice_is_no_answer_however_it_is_spelled() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
-    checks = json_constraint(schema, strict=True).checks
-    assert checks.text('{"a": 1, "b": "x"}') is None
-    for text in ('{"a": 1, "\\u0061": "x"}', '{"a": 1, "b": [{"k": 1, "k": 2}]}'):
-        assert "twice" in str(checks.text(text))
+def test_declared_key_that_can_be_spelled_twice_is_checked_when_the_value_is_whole() -> None:
+    """A control character in any constant makes a second spelling possible; then the last value must be valid, too."""
+    declared = {"a\n": {"type": "integer"}, "b": {"const": "\x1b"}}
+    checks = json_constraint({"type": "object", "properties": declared, "additionalProperties": True}).checks
+    assert checks.text('{"a\\n": 1, "\\u000a": "x"}') is None
+    assert checks.text('{"a\\n": 1, "a\\u000a": "x"}') is not None
 
 
 def test_strict_schema_lets_a_declared_key_be_spelled_in_one_way_only() -> None:
@@ -178,6 +178,32 @@ def test_anchors_are_looked_for_once() -> None:
     defs = {f"d{i}": {"$anchor": f"a{i}", "type": "null"} for i in range(n)}
     schema = {"type": "object", "properties": properties, "$defs": defs}
     assert calls_in(lambda: read_schema(schema, "here", strict=False))["nodes"] < 40 * n
+
+
+def test_place_that_is_referred_to_is_looked_for_once() -> None:
+    document = Document({"$defs": {f"D{i}": {"const": i} for i in range(20)}})
+    references = [f"#/$defs/D{i}" for i in range(20)]
+    seen = calls_in(lambda: [document.pointed(reference) for reference in references * 50])
+    assert (seen["pointed"], seen["_pointed"]) == (1000, 20)
+    assert [document.pointed(reference)["const"] for reference in references] == [*range(20)]
+    assert document.pointed("#/$defs/none") is None
+
+
+@pytest.mark.parametrize("value", [tree(18), {"next": tree(40)}], ids=["18 levels", "41 levels"])
+def test_value_that_is_costly_is_not_looked_at_any_further(value: Any) -> None:
+    """The steps are counted before the validator sees the value, and no more of them than are allowed."""
+    document = Document({"type": "object", "allOf": [{"properties": {"next": {"$ref": "#"}}}] * 2})
+    seen = calls_in(lambda: is_costly(document, value))
+    assert is_costly(document, value)
+    assert not is_costly(document, tree(5))
+    assert seen["_beside"] < 200_000
+
+
+def test_more_steps_are_allowed_to_a_value_that_took_more_tokens() -> None:
+    """A long list costs as much as it has items, however often its schema is asked about each."""
+    document = Document({"type": "array", "items": {"anyOf": [{"type": "integer"}] * 10}})
+    assert not is_costly(document, [1] * 20_000)
+    assert is_costly(Document({"type": "array", "items": {"anyOf": [{"type": "integer"}] * 200}}), [1] * 20_000)
 
 
 def test_definitions_are_asked_for_a_value_again_only_where_something_has_changed() -> None:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from llama_worker._constraint.anything import ANYTHING, definitions
 from llama_worker._constraint.rules import Either, Many, Maybe, Node, Pattern, Plain, Ref, either, row
 
 _STRING: Final = r'\\"(?:[^"\\\x00-\x1f\x7f]|\\\\(?:[bfnrt]|\\"|\\\\))*\\"'
@@ -31,23 +32,15 @@ class EscapedJson:
 
     def node(self) -> Node:
         """The text. Fills `rules`."""
-        self._add_any()
-        defs = self.schema.get("$defs", {}) if isinstance(self.schema, dict) else {}
+        defs = {**definitions(0), **(self.schema.get("$defs", {}) if isinstance(self.schema, dict) else {})}
         for name, body in defs.items():
             self.rules.append((f"{self.name}_{name}", self._value(body)))
         value = self._value(self.schema)
         return row(Plain('"'), value, Plain('"')) if self.quoted else value
 
-    def _add_any(self) -> None:
-        value = Ref(f"{self.name}_any")
-        pair = row(Pattern(_STRING), Plain(": "), value)
-        scalars = (Pattern(_STRING), Pattern(_NUMBER), Plain("true"), Plain("false"), Plain("null"))
-        rules = (*scalars, _listed("{", pair, "}"), _listed("[", value, "]"))
-        self.rules.append((value.rule, Either(rules)))
-
     def _value(self, schema: Any) -> Node:
         if not isinstance(schema, dict):
-            return Ref(f"{self.name}_any")
+            return self._value(ANYTHING)
         if "$ref" in schema:
             return Ref(f"{self.name}_{schema['$ref'].removeprefix('#/$defs/')}")
         if "const" in schema or "enum" in schema:
@@ -76,7 +69,7 @@ class EscapedJson:
             case "object":
                 return self._object(schema)
             case _:
-                return Ref(f"{self.name}_any")
+                return self._value(ANYTHING)
 
     def _object(self, schema: dict[str, Any]) -> Node:
         properties = schema.get("properties", {})

@@ -2,10 +2,10 @@
 
 The schema that is compiled is written anew. Annotations are left out, local references become definitions at the
 root, exact formats become patterns, and some things become narrower than the caller said, because a model that may
-say anything does: an object that declares `properties` and is silent about others has no others, and a number
-without bounds has at most 63 bits before the point, so that it is neither endless nor infinite. What the grammar
-allows is always allowed by the caller's schema, unless a keyword is one of the `gaps`; then the finished value is
-checked.
+say anything does: an object that declares `properties` and is silent about others has no others, a number without
+bounds has at most 63 bits before the point, so that it is neither endless nor infinite, and a value of which nothing
+is said has so many levels and no more (`anything.py`). What the grammar allows is always allowed by the caller's
+schema, unless a keyword is one of the `gaps`; then the finished value is checked.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from llama_worker._constraint.anything import ANYTHING, KINDS, definitions
 from llama_worker._constraint.finite import finite_definitions, has_value, without_dead
 from llama_worker._constraint.formats import LOOKAHEADS, NATIVE, PATTERNS, ecma
 from llama_worker._constraint.places import LISTS, MAPS, SINGLES, levels, mapped
 from llama_worker._constraint.plain_json import json_text
+from llama_worker._constraint.ranges import MOST_INTEGER, bounds, is_number, kinds_of
 from llama_worker._constraint.references import Document, nodes
 from llama_worker._constraint.rules import Schema
 from llama_worker._constraint.shapes import misshapen
@@ -75,7 +77,6 @@ _REFUSED: Final = {
 }
 _MOST_BYTES: Final = 256 << 10
 _MOST_LEVELS: Final = 1000  # llguidance follows references by recursion, and an overflow would end the process
-_MOST_INTEGER: Final = 9 * 10**18  # what llguidance can count up to, nearly 64 bits
 
 
 def read_schema(schema: object, where: str, *, strict: bool, root: Document | None = None) -> Schema:
@@ -134,6 +135,7 @@ class _Reader:
     _names: dict[tuple[str, bool], str] = field(default_factory=dict)
     _defs: dict[str, JsonSchema] = field(default_factory=dict)
     _asked: list[tuple[str, Any, bool]] = field(default_factory=list)
+    _has_anything: bool = False
 
     def whole(self, schema: object) -> JsonSchema:
         written = self.schema(schema, exact=False)
@@ -159,6 +161,8 @@ class _Reader:
 
     def schema(self, schema: object, *, exact: bool) -> JsonSchema:
         """`schema`, written anew. `exact`: nothing may become narrower, for more is said about the same value."""
+        if schema is True and not exact:
+            return self._anything()
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -172,8 +176,18 @@ class _Reader:
             if wrong := misshapen(said):
                 raise self._bad(*wrong)
 
+    def _anything(self) -> JsonSchema:
+        if not self._has_anything:
+            self._has_anything = True
+            self._defs.update(definitions(MOST_INTEGER))
+        return ANYTHING
+
     def _object(self, schema: dict[str, Any], exact: bool) -> JsonSchema:
         self._refuse(schema)
+        if not exact and not {"type", "const", "enum", "$ref", "allOf", "anyOf", "oneOf"} & set(schema):
+            if not schema:
+                return self._anything()
+            schema = {"type": [*KINDS], **schema}
         if set(schema) == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1:
             return self.schema(schema["allOf"][0], exact=exact)
         composed = {"allOf", "anyOf", "oneOf", "$ref"} & set(schema)
@@ -188,11 +202,13 @@ class _Reader:
                 written.update(said)
         if besides:
             written["allOf"] = [*written.get("allOf", ()), *besides]
+        kinds = kinds_of(schema)
         if not exact and not composed:
             self._narrow(schema, written)
-        kinds = schema.get("type")
-        if {"number", "integer"} & set(kinds if isinstance(kinds, list) else [kinds]) and not _FIXED & set(schema):
-            written.update(_bounds(schema))
+            self._fill(written, kinds)
+        self._count(written)
+        if {"number", "integer"} & kinds and not _FIXED & set(schema):
+            written.update(bounds(schema))
             return written if exact or not written.keys() <= _RANGE else self._shared(written)
         return written
 
@@ -224,7 +240,7 @@ class _Reader:
     def _value(self, key: str, value: Any) -> dict[str, Any]:
         if key in _NUMBERS and isinstance(value, float) and value.is_integer():
             value = int(value)
-        if key in _NUMBERS and _is_number(value) and abs(value) > _MOST_INTEGER:
+        if key in _NUMBERS and is_number(value) and abs(value) > MOST_INTEGER:
             self.gaps[f"{key} of more than 63 bits"] = None
             return {}
         return {key: value}
@@ -277,6 +293,21 @@ class _Reader:
             and set(schema.get("required") or ()) <= set(properties)
         ):
             written["additionalProperties"] = False
+
+    def _fill(self, written: dict[str, Any], kinds: set[Any]) -> None:
+        """Say of the items and members of which nothing is said that they are anything."""
+        if {"const", "enum"} & set(written):
+            return
+        if "array" in kinds and "items" not in written:
+            written["items"] = self._anything()
+        if "object" in kinds and "additionalProperties" not in written:
+            written["additionalProperties"] = self._anything()
+
+    def _count(self, written: dict[str, Any]) -> None:
+        """A key that is not declared may stand twice, and then it counts once."""
+        opens = written.get("additionalProperties", True) is not False or "patternProperties" in written
+        if opens and written.get("minProperties", 0) > 1:
+            self.gaps["minProperties of an object that may have undeclared ones"] = None
 
     def _refuse(self, schema: dict[str, Any]) -> None:
         for key, way_out in _REFUSED.items():
@@ -357,22 +388,6 @@ def _fixed(schema: object) -> list[Any]:
 def _disjoint(groups: list[list[Any]]) -> bool:
     values = [value for group in groups for value in set(group)]
     return len(set(values)) == len(values)
-
-
-def _bounds(schema: dict[str, Any]) -> dict[str, Any]:
-    least, most = -_MOST_INTEGER, _MOST_INTEGER
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
-    high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    added: dict[str, Any] = {}
-    if low is None and (high is None or (_is_number(high) and high > least)):
-        added["minimum"] = least
-    if high is None and (low is None or (_is_number(low) and low < most)):
-        added["maximum"] = most
-    return added
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _CHECKED_LATER: Final = frozenset(

@@ -96,8 +96,21 @@ class TaggedArguments:
         seen = {**self.tool.parameters, "properties": {key: schema}}  # it may be declared behind a reference
         kinds = sorted(parameter_types(self.tool.model_copy(update={"parameters": seen}))[key])
         for kind in kinds:
-            part = schema if len(kinds) == 1 else {"allOf": [schema, {"type": kind}]}
+            part = schema if len(kinds) == 1 else self._of_kind(schema, kind)
             yield kind + syntax.type_close, row(self._json(key, part), *close)
+
+    def _of_kind(self, schema: Any, kind: str) -> dict[str, Any]:
+        """Those values of `schema` that are of the type `kind`."""
+        plain = schema
+        for _ in range(8):
+            if isinstance(plain, dict) and plain.keys() == {"$ref"}:
+                plain = self.document.pointed(plain["$ref"])
+        plain = {} if plain is True else plain
+        told = plain.get("type", kind) if isinstance(plain, dict) else ()
+        simple = isinstance(plain, dict) and not plain.keys() & {"const", "enum", "$ref", "allOf", "anyOf", "oneOf"}
+        if simple and (told == kind or (isinstance(told, list) and kind in told)):
+            return {**plain, "type": kind}
+        return {"allOf": [schema, {"type": kind}]}
 
     def _json(self, key: str, schema: Any) -> Node:
         name = f"{self.name}_s{len(self.schemas)}"
