@@ -26,7 +26,7 @@ from llama_worker._chat.template import ChatTemplate
 from llama_worker._engine.base import Span
 from llama_worker._engine.llama import load
 from llama_worker.testing import assert_well_formed, fake_worker
-from tests.worker.tools import QWEN, TOOLS, WEATHER, assert_sound
+from tests.worker.tools import QWEN, THINKER, TOOLS, WEATHER, assert_sound
 
 ASK = [Message(role="user", content="Answer.")]
 ROME = {"city": "Rome", "days": 3}
@@ -102,6 +102,45 @@ def test_an_answer_keeps_the_tags_that_stand_in_it(opening: str) -> None:
     with fake_worker(opening + answer, chat_template=WRAPPED) as worker:
         reply = worker.generate(ASK, response_format=asked, max_tokens=500)
     assert (reply.text, reply.finish_reason) == (answer, "stop")
+
+
+BEGINS: dict[str, Any] = {
+    "choice": {"type": "choice", "choices": ["MARKx", "no"]},
+    "choice behind a line break": {"type": "choice", "choices": ["\nMARKx", "no"]},
+    "lark": {"type": "lark", "grammar": 'start: "MARKx" | "no"'},
+    "lark of any text": {"type": "lark", "grammar": "start: /(?s:.*)/"},
+    "lark of any text that begins with <": {"type": "lark", "grammar": "start: /<(?s:.*)/"},
+    "gbnf": {"type": "gbnf", "grammar": 'root ::= "MARKx" | "no"'},
+}
+
+
+def begins_with(mark: str, form: str) -> Any:
+    return json.loads(json.dumps(BEGINS[form]).replace("MARK", mark))
+
+
+@pytest.mark.parametrize("form", BEGINS)
+@pytest.mark.parametrize(
+    ("mark", "template"), [("<think>", QWEN), ("<response>", WRAPPED), ("<tool_call>", QWEN)], ids=lambda value: value
+)
+def test_an_answer_that_would_be_read_as_something_else_is_refused(mark: str, template: str, form: str) -> None:
+    with fake_worker("no", chat_template=template, n_ctx=8192) as worker:
+        asked = begins_with(mark, form)
+        with pytest.raises(InvalidRequestError, match="begin") as caught:
+            worker.generate(ASK, response_format=asked, tools=TOOLS, max_tokens=50)
+        assert caught.value.field in ("response_format.choices", "response_format.grammar")
+        assert worker.generate("raw", response_format=asked, max_tokens=50).text
+
+
+@pytest.mark.parametrize("form", [form for form in BEGINS if "line break" not in form])
+def test_an_answer_may_begin_with_the_tag_of_a_thought_where_none_can_begin(form: str) -> None:
+    """Where thoughts are off, and behind the thought that the prompt has begun."""
+    asked = begins_with("<think>", form)
+    with fake_worker("<think>x", chat_template=QWEN, n_ctx=8192) as worker:
+        off = worker.generate(ASK, response_format=asked, enable_thinking=False, max_tokens=50)
+    with fake_worker("hm</think>\n\n<think>x", chat_template=THINKER, n_ctx=8192) as worker:
+        behind = worker.generate(ASK, response_format=asked, max_tokens=50)
+    assert (off.text, off.reasoning) == ("<think>x", "")
+    assert (behind.text, behind.reasoning) == ("<think>x", "hm")
 
 
 def test_a_text_cut_off_by_length_says_so() -> None:

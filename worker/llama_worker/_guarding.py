@@ -6,7 +6,7 @@ the template (documents, for example) stand in the prompt too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from llama_worker._chat.plain import plain
@@ -48,7 +48,23 @@ def _guarded_call(call: ToolCall, protect: Protect) -> ToolCall:
 def guarded_variables(variables: Mapping[str, Any], protect: Protect) -> dict[str, Any]:
     """The template's variables with every text in them protected; their names stay. A switch (True, "high") does not
     change: it holds no control text. Raises InvalidRequestError for a value that is not plain data."""
-    return {name: guarded_data(value, protect, f"template_variables.{name}") for name, value in variables.items()}
+    names = plain([*variables], "template_variables")
+    return {name: guarded_data(variables[name], protect, f"template_variables.{name}") for name in names}
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in plain data, messages and tools, keys too: what may stand in a prompt and is not the template's."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                yield text
+            case Mapping() as mapping:
+                left += (*mapping, *mapping.values())
+            case Message() | ToolCall() | ToolSpec() as settings:
+                left += (value for _, value in settings)
+            case list() | tuple() as values:
+                left += values
 
 
 def guarded_data(value: Any, protect: Protect, field: str) -> Any:

@@ -8,11 +8,12 @@ All that costs milliseconds (compiling a grammar, its first mask) is done here, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import string
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,9 +24,10 @@ from llama_worker._constraint.rules import Grammar
 from llama_worker._engine.base import Vocabulary
 from llama_worker._errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from llama_worker._events import InvalidToolCall
+from llama_worker._guarding import texts_in
 from llama_worker._guide import Guide
 from llama_worker._reply import CallCheck, Parser
-from llama_worker._requests import GenerationRequest, Message, ResponseFormat, ToolCall
+from llama_worker._requests import GenerationRequest, ResponseFormat, ToolCall
 
 if TYPE_CHECKING:
     from llama_worker._constraint.compiler import ConstraintCompiler
@@ -113,7 +115,7 @@ def plan_reply(
 
     Blocks for milliseconds. Raises RequestError.
     """
-    in_reasoning = rendered is not None and begins_in_thought(rendered, format, request.messages or ())
+    in_reasoning = rendered is not None and begins_in_thought(rendered, format, request)
     grammar = grammar_of(request, format, in_reasoning=in_reasoning)
     parser = _parser(request, format, in_reasoning)
     budget = _budget(request, format)
@@ -133,16 +135,17 @@ def plan_reply(
     )
 
 
-def begins_in_thought(rendered: str, format: ChatFormat, messages: Sequence[Message]) -> bool:
-    """Whether the prompt, `messages` rendered, ends with the tag that opens a thought.
+def begins_in_thought(rendered: str, format: ChatFormat, request: GenerationRequest) -> bool:
+    """Whether the prompt, `request` rendered, ends with the tag that opens a thought.
 
-    The template must have written it, and not a message, which may be all that stands at the end.
+    The template must have written it, and not a message or another text of the caller's, which may be all that
+    stands at the end.
     """
     tag = format.reasoning.open.strip() if format.reasoning is not None else ""
     end = rendered.rstrip()
     if not tag or not end.endswith(tag):
         return False
-    texts = (text for message in messages for text in (message.content, message.reasoning or ""))
+    texts = itertools.chain.from_iterable(map(texts_in, (request.messages, request.tools, request.template_variables)))
     if not any(text.rstrip().endswith(tag) for text in texts):
         return True
     # What opens a reply is nearly always control text, and the guard's marks tell that of a message from it.
@@ -161,8 +164,15 @@ def _parser(request: GenerationRequest, format: ChatFormat, in_reasoning: bool) 
     tools = callable_tools(request)
     if not tools and format.reasoning is None and format.text == TextSyntax():
         return None
-    answers = request.response_format is not None
-    return OutputParser(format, tools, calls=bool(tools), in_reasoning=in_reasoning, new_id=new_id, answers=answers)
+    return OutputParser(
+        format,
+        tools,
+        calls=bool(tools),
+        in_reasoning=in_reasoning,
+        new_id=new_id,
+        answers=request.response_format is not None,
+        thinks=request.enable_thinking is not False,
+    )
 
 
 def new_id() -> str:

@@ -34,8 +34,10 @@ class OutputParser:
 
     `calls`: tools may be called, so the calls of `format` are looked for; otherwise they are text. `in_reasoning`:
     the prompt ended inside of a thought. Thoughts begin only where no text stands before them, so an answer may
-    speak of the tags. `answers`: a grammar holds the text to a form (`response_format`), so nothing comes behind it,
-    and once it has begun all is text. `new_id` gives the ids of calls; each one must be new.
+    speak of the tags. `answers`: a grammar holds the text to a form (`response_format`), so there is one thought at
+    most, no other blanks than two line breaks behind it, nothing behind the text, and once that has begun all is
+    text. `thinks`: a thought may begin; otherwise such an answer may begin with its tag. `new_id` gives the ids of
+    calls; each one must be new.
     """
 
     __slots__ = (
@@ -56,6 +58,7 @@ class OutputParser:
         "_text_close",
         "_text_open",
         "_thinking",
+        "_thinks",
         "_trigger",
         "_trigger_at_start",
     )
@@ -69,6 +72,7 @@ class OutputParser:
         in_reasoning: bool,
         new_id: Callable[[], str],
         answers: bool = False,
+        thinks: bool = True,
     ) -> None:
         thoughts, syntax = format.reasoning, format.calls if calls else None
         self._events: list[ReplyEvent] = []
@@ -83,6 +87,7 @@ class OutputParser:
         self._calls_unmarked = syntax is not None and not syntax.trigger
         self._reader = None if syntax is None else self._call_reader(syntax, tools, new_id)
         self._thinking = in_reasoning and bool(self._close)
+        self._thinks = thinks or not answers
         self._said = False  # there was text, and not only blanks
         self._tagged = False  # there was a tag or a call
         self._blanks: list[str] = []  # held back: they are text only if text follows
@@ -151,6 +156,7 @@ class OutputParser:
         try:
             while True:
                 self._hold(source.take_blanks())
+                markers = markers if self._may_be_marked() else {}
                 for marker in markers:
                     if source.starts_with(marker):
                         return self._met(marker, markers[marker])
@@ -166,10 +172,16 @@ class OutputParser:
     def _markers_here(self) -> dict[str, _Begins]:
         markers = {} if self._answers else {self._text_close: _Begins.REST}
         if not self._said:
-            markers |= {self._text_open: _Begins.TEXT, self._open: _Begins.THOUGHT}
+            markers[self._text_open] = _Begins.TEXT
+        if not self._said and self._thinks:
+            markers[self._open] = _Begins.THOUGHT
         if not (self._said and (self._trigger_at_start or self._answers)):
             markers[self._trigger] = _Begins.CALLS
         return {marker: markers[marker] for marker in sorted(markers, key=len) if marker}
+
+    def _may_be_marked(self) -> bool:
+        """Whether a marker may stand behind the blanks that are held: the grammar of an answer allows only these."""
+        return not (self._answers and self._blanks) or (self._tagged and "".join(self._blanks) in ("\n", "\n\n"))
 
     def _met(self, marker: str, what: _Begins) -> _Begins:
         """Read `marker`; but the trigger is part of the calls."""
@@ -235,6 +247,7 @@ class OutputParser:
         self._blanks.clear()
         source.take(len(close))
         self._thinking = False
+        self._thinks = not self._answers
 
     def _tell_thought(self, text: str, begun: bool) -> bool:
         """Tell `text` but for the blanks at its end, which are held. Whether the thought has begun now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from llama_worker._constraint.rules import Check, Given, Json, Node, Plain, Schema, Span, either
@@ -75,13 +76,31 @@ class Answer:
             case "choice":
                 return either(*(Plain(text) for text in self._choices(unless)))
             case "lark" | "gbnf" as kind:
-                return Given(kind, wanted.grammar or "")
+                return Given(kind, wanted.grammar or "", unless)
 
     def _choices(self, unless: tuple[str, ...]) -> list[str]:
         texts = list(dict.fromkeys(self._wanted.choices or ()))
         if sum(map(len, texts)) > _MOST_CHARACTERS:
             raise InvalidRequestError(self.field, texts, f"over {_MOST_CHARACTERS} characters together; give fewer")
+        for text in texts:
+            for begun in beginnings(unless):
+                if text.startswith(begun):
+                    raise InvalidRequestError(self.field, text, misread(begun))
         return texts
+
+
+def beginnings(unless: Iterable[str]) -> tuple[str, ...]:
+    """How a text begins that would be read as what one of `unless` begins: after a thought come two line breaks."""
+    return tuple(blanks + mark for mark in unless for blanks in ("", "\n", "\n\n"))
+
+
+def misread(begun: str) -> str:
+    """Why a text must not begin so."""
+    mark = begun.lstrip("\n")
+    return (
+        f"it may begin with {mark!r}, and so does a thought, a call or any answer of this model; begin it with "
+        "something else, or leave thoughts (enable_thinking=False) and tools out"
+    )
 
 
 def _unanchored(regex: str) -> str:

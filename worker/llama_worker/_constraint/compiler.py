@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -15,19 +14,18 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
+from llama_worker._constraint.answer import beginnings, misread
+from llama_worker._constraint.kept import KeptGrammars
 from llama_worker._constraint.lark import ControlTexts, grammar_text, json_rule
 from llama_worker._constraint.matcher import Constraint, forced_tokens
 from llama_worker._constraint.references import nodes
-from llama_worker._constraint.rules import Given, Grammar, Schema
+from llama_worker._constraint.rules import Either, Given, Grammar, Node, Row, Schema
 from llama_worker._constraint.validation import Checks, Enforced, Validator
 from llama_worker._engine.base import Vocabulary
 from llama_worker._errors import InvalidRequestError, UnsupportedFeatureError
 
 logger = logging.getLogger("llama_worker")
 
-_MOST_KEPT: Final = 64
-_MOST_FREE: Final = 8  # of those that the caller wrote: their lexers may come to some 20 MB each while they are used
-_FREE: Final = ("response_format.regex", "response_format.grammar")
 _SHORT_ESCAPES: Final = 'nrbtf\\"'
 _DRAFT_4: Final = "http://json-schema.org/draft-04/schema#"
 _WRITABLE: Final = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
@@ -58,8 +56,7 @@ class ConstraintCompiler:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: KeptGrammars[_Compiled] = KeptGrammars()
         self._building = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._controls = ControlTexts({})
@@ -70,14 +67,10 @@ class ConstraintCompiler:
         Raises InvalidRequestError for a grammar that cannot be enforced, UnsupportedFeatureError for a vocabulary
         that cannot write text.
         """
-        with self._lock:
-            compiled = self._kept.get(grammar)
-            if compiled is not None:
-                self._kept.move_to_end(grammar)
+        compiled = self._kept.get(grammar)
         if compiled is None:
             compiled = self._compiled(grammar)
-            with self._lock:
-                self._keep(grammar, compiled)
+            self._kept.keep(grammar, compiled)
         return Constraint(
             compiled.matcher.deep_copy(),
             self._vocabulary.n_tokens,
@@ -86,15 +79,6 @@ class ConstraintCompiler:
             words=compiled.words,
             field=grammar.field,
         )
-
-    def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
-        """The lock is held. The longest unused goes, of its kind first."""
-        self._kept[grammar] = compiled
-        free = [kept for kept in self._kept if kept.field in _FREE]
-        for kept in free[: max(0, len(free) - _MOST_FREE)]:
-            del self._kept[kept]
-        while len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
 
     def _compiled(self, grammar: Grammar) -> _Compiled:
         tokenizer = self._llguidance_tokenizer()
@@ -105,6 +89,7 @@ class ConstraintCompiler:
             matcher = self._matcher(tokenizer, grammar, modes)
         if matcher.is_error():
             raise _refused(grammar.field, matcher.get_error())
+        self._require_readable(tokenizer, grammar)
         ahead = forced_tokens(matcher)
         words = np.zeros((self._vocabulary.n_tokens + 31) // 32, np.uint32)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -116,6 +101,15 @@ class ConstraintCompiler:
         directives = {name: _directive(schema, modes[name]) for name, schema in grammar.schemas}
         text = grammar_text(grammar, self._controls, directives, regex=_regex, given=_given)
         return LLMatcher(tokenizer, text, log_level=0, limits=_limits())
+
+    def _require_readable(self, tokenizer: LLTokenizer, grammar: Grammar) -> None:
+        """Refuse what the caller wrote if its text could begin as a thought or a call does."""
+        for given in (given for _, node in grammar.rules for given in _givens(node)):
+            alone = LLMatcher(tokenizer, _given(given), limits=_limits())
+            for begun in beginnings(given.unless):
+                ids = self._vocabulary.tokenize(begun, add_special=False, parse_special=False).tolist()
+                if not alone.is_error() and alone.validate_tokens(ids) == len(ids):
+                    raise InvalidRequestError(grammar.field, f"<{given.kind}>", misread(begun))
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
         with self._building:
@@ -179,12 +173,24 @@ def _escapes(document: Any) -> str:
     """What may follow a backslash. Where others may stand beside declared properties, no key has a second spelling:
     llguidance tells keys apart by what is written. Control characters that are asked for need one all the same.
     """
-    asked = "\\u00" in json.dumps(document, ensure_ascii=False)
-    opens = any(
+    return _SHORT_ESCAPES if _opens(document) and not _asks_for_control(document) else _SHORT_ESCAPES + "u"
+
+
+def _spells_twice(schema: Schema) -> bool:
+    """Whether a declared key can be spelled in another way, and so stand twice."""
+    document = json.loads(schema.exact)
+    return _opens(document) and _asks_for_control(document)
+
+
+def _asks_for_control(document: Any) -> bool:
+    return "\\u00" in json.dumps(document, ensure_ascii=False)
+
+
+def _opens(document: Any) -> bool:
+    return any(
         node.get("properties") and (node.get("additionalProperties", True) or node.get("patternProperties"))
         for node in nodes(document)
     )
-    return _SHORT_ESCAPES if opens and not asked else _SHORT_ESCAPES + "u"
 
 
 def _enforceable(schema: Schema) -> _Mode:
@@ -211,7 +217,7 @@ def _checks(grammar: Grammar, modes: Mapping[str, _Mode]) -> Checks:
     for check in grammar.checks:
         exact = bool(check.parts) and all(modes[part] == "exact" for part in check.parts)
         # What a call may do is worth a second look, even where the grammar says all of it.
-        if check.tool is None and exact:
+        if check.tool is None and exact and not _spells_twice(check.schema):
             answer = Enforced()
             continue
         validator = _validator(check.schema, exact=exact)
@@ -240,6 +246,15 @@ def _validator(schema: Schema, *, exact: bool) -> Validator:
 def _regex(pattern: str) -> str:
     """For `/.../`. Digits and words are ASCII, as JSON schemas have them."""
     return regex_to_lark(pattern, "dw")
+
+
+def _givens(node: Node) -> Iterator[Given]:
+    match node:
+        case Given():
+            yield node
+        case Row(nodes) | Either(nodes):
+            for inner in nodes:
+                yield from _givens(inner)
 
 
 def _given(given: Given) -> str:

@@ -93,7 +93,7 @@ class _Reply:
         close = Span(close=syntax.close.strip())
         if self._in_reasoning:
             return (close, _NEWLINES)
-        if self._request.enable_thinking is False:
+        if not self._may_think:
             return ()
         return (Maybe(row(self._marker(syntax.open.strip()), close, _NEWLINES)),)
 
@@ -142,11 +142,17 @@ class _Reply:
             ways += [row(closed, begun), closed]
         return row(opened, either(*ways))
 
-    def _beginnings(self, *, calls: bool = True) -> tuple[str, ...]:
+    @property
+    def _may_think(self) -> bool:
+        """Whether the reply may begin with the tag of a thought."""
+        return not self._in_reasoning and self._request.enable_thinking is not False
+
+    def _beginnings(self, *, calls: bool = True, thoughts: bool = True) -> tuple[str, ...]:
         """What free text does not begin with, because it would be no text."""
         trigger = self._calls.syntax.trigger if calls and self._calls else ""
-        thought = self._reasoning.open.strip() if self._reasoning else ""
-        return tuple(filter(None, (thought, self._format.text.open.lstrip(), trigger)))
+        thought = self._reasoning.open.strip() if thoughts and self._reasoning else ""
+        text = self._format.text.open.lstrip() if self._in_chat else ""
+        return tuple(filter(None, (thought, text, trigger)))
 
     def _text(self, answer: Node, *, marked: bool = False) -> Node:
         """An answer, with what the template may put around it. `marked`: what begins it must be there.
@@ -165,4 +171,4 @@ class _Reply:
 
     def _answered(self) -> Node:
         assert self._answer is not None
-        return self._answer.node(self._beginnings())
+        return self._answer.node(self._beginnings(thoughts=self._may_think))

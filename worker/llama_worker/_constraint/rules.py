@@ -63,10 +63,11 @@ class Json:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A grammar that the caller wrote, in Lark or GBNF."""
+    """A grammar that the caller wrote, in Lark or GBNF. What it allows must not begin with any of `unless`."""
 
     kind: Literal["lark", "gbnf"]
     source: str
+    unless: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,96 @@
+"""KeptGrammars: compiled grammars by what they were compiled of, as many as are cheap to keep."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Final, Generic, TypeVar
+
+from llama_worker._constraint.rules import (
+    Either,
+    Given,
+    Grammar,
+    Json,
+    Many,
+    Maybe,
+    Node,
+    Opening,
+    Pattern,
+    Plain,
+    Ref,
+    Row,
+    Span,
+    Text,
+)
+
+MOST_KEPT: Final = 64
+MOST_FREE: Final = 8
+"""Of those that the caller wrote: their lexers may come to some 20 MB each while they are used."""
+MOST_WEIGHT: Final = 8 << 20
+"""Characters of schemas, grammars and their rules, all together."""
+_FREE: Final = ("response_format.regex", "response_format.grammar")
+
+T = TypeVar("T")
+
+
+class KeptGrammars(Generic[T]):
+    """The longest unused goes first; of the free ones, only by another one of them. Any thread."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Grammar, tuple[T, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.weight = 0
+        """What all of them weigh."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Grammar]:
+        return iter([*self._kept])
+
+    def get(self, grammar: Grammar) -> T | None:
+        with self._lock:
+            found = self._kept.get(grammar)
+            if found is None:
+                return None
+            self._kept.move_to_end(grammar)
+            return found[0]
+
+    def keep(self, grammar: Grammar, compiled: T) -> None:
+        """One that is too heavy by itself is kept alone: whoever asks for it will ask again."""
+        weight = weight_of(grammar)
+        with self._lock:
+            self._drop(grammar)
+            self._kept[grammar] = compiled, weight
+            self.weight += weight
+            free = [kept for kept in self._kept if kept.field in _FREE]
+            for kept in free[: max(0, len(free) - MOST_FREE)]:
+                self._drop(kept)
+            while len(self._kept) > 1 and (len(self._kept) > MOST_KEPT or self.weight > MOST_WEIGHT):
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, grammar: Grammar) -> None:
+        _, weight = self._kept.pop(grammar, (None, 0))
+        self.weight -= weight
+
+
+def weight_of(grammar: Grammar) -> int:
+    """The characters that it is made of: what is compiled takes memory in proportion."""
+    schemas = {id(schema): schema for schema in (*dict(grammar.schemas).values(), *(c.schema for c in grammar.checks))}
+    texts = sum(len(schema.original) + len(schema.exact) + len(schema.loose) for schema in schemas.values())
+    return texts + sum(_weight(node) for _, node in grammar.rules)
+
+
+def _weight(node: Node) -> int:
+    match node:
+        case Text(text) | Plain(text) | Opening(text) | Pattern(text) | Ref(text) | Json(text):
+            return len(text)
+        case Given(_, source):
+            return len(source)
+        case Span():
+            return len(node.close) + sum(map(len, (*node.patterns, *node.without, *node.unless, *node.marks)))
+        case Row(nodes) | Either(nodes):
+            return sum(map(_weight, nodes))
+        case Maybe(inner) | Many(inner):
+            return _weight(inner)
