@@ -6,10 +6,7 @@ from typing import Any, cast
 
 from langchain_core.language_models import ModelProfile
 
-from llama_worker import ModelInfo
-
-# What the templates of models that think speak of, each in its own words.
-_THOUGHTS = ("reasoning_content", "enable_thinking", "<think", "[THINK]", "<|channel|>", "<|inner_prefix|>")
+from llama_worker import ModelInfo, can_think
 
 
 def profile_of(
@@ -21,7 +18,6 @@ def profile_of(
     """
     limit = n_ctx or info.n_ctx_train
     generates = not info.is_embedding
-    template = chat_template or info.chat_template or ""
     facts: dict[str, Any] = {
         "name": info.name,
         "open_weights": True,
@@ -35,7 +31,7 @@ def profile_of(
         "image_outputs": False,
         "audio_outputs": False,
         "video_outputs": False,
-        "reasoning_output": generates and any(mark in template for mark in _THOUGHTS),
+        "reasoning_output": can_think(info, chat_template),
         "tool_calling": generates,
         "tool_choice": generates,
         "tool_call_streaming": generates,

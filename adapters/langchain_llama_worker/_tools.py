@@ -120,7 +120,14 @@ def core_tools(tools: Iterable[Any] | None, *, strict: bool | None = None) -> tu
     """Tools as the worker takes them. Raises InvalidRequestError."""
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable | None):
         raise InvalidRequestError("tools", type(tools).__name__, "give a list of tools")
-    return tuple(ToolSpec.model_validate(openai_tool(tool, strict=strict)) for tool in tools or ())
+    return tuple(_core_tool(openai_tool(tool, strict=strict), index) for index, tool in enumerate(tools or ()))
+
+
+def _core_tool(tool: Mapping[str, Any], index: int) -> ToolSpec:
+    try:
+        return ToolSpec.model_validate(tool)
+    except InvalidRequestError as error:
+        raise error.within(f"tools.{index}") from None
 
 
 def core_choice(choice: object) -> ToolChoice | None:
@@ -157,7 +164,10 @@ def core_format(wanted: Any, *, strict: bool | None = None) -> ResponseFormat | 
         return ResponseFormat(type="json_schema", json_schema=json_schema(wanted, "response_format"), strict=strict)
     if not isinstance(wanted, Mapping):
         raise InvalidRequestError("response_format", type(wanted).__name__, "give a dict of OpenAI's form, or a class")
-    return ResponseFormat.model_validate({**wanted, **({} if strict is None else {"strict": strict})})
+    try:
+        return ResponseFormat.model_validate({**wanted, **({} if strict is None else {"strict": strict})})
+    except InvalidRequestError as error:
+        raise error.within("response_format") from None
 
 
 def json_schema(schema: Any, where: str = "schema") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llama_worker import (
     TextDelta,
     Usage,
     WorkerHandle,
+    can_think,
     cancel_scope,
     get_handle,
     get_worker,
@@ -71,6 +72,7 @@ def openers() -> None:
     assert_type(get_handle("demo://smollm2-135m-instruct"), WorkerHandle)
     assert_type(get_handle("demo://smollm2-135m-instruct").worker(), LlamaWorker)
     assert_type(inspect_model("demo://smollm2-135m-instruct"), ModelInfo)
+    assert_type(can_think(inspect_model("demo://smollm2-135m-instruct")), bool)
     with cancel_scope(deadline=1.0) as scope:
         assert_type(scope, CancelScope)
         assert_type(scope.cancelled, bool)

@@ -11,6 +11,7 @@ import pytest
 from llama_worker import (
     ConfigError,
     ContextOverflowError,
+    GenerationRequest,
     InsufficientMemoryError,
     InvalidRequestError,
     LlamaWorker,
@@ -22,6 +23,7 @@ from llama_worker import (
     UnsupportedFeatureError,
     WorkerConfig,
 )
+from llama_worker.testing import fake_worker
 
 pytestmark = pytest.mark.engine
 
@@ -227,6 +229,56 @@ def test_lone_surrogates_are_refused(chat: LlamaWorker, ask: str):
     }
     with pytest.raises(InvalidRequestError):
         calls[ask]()
+
+
+HALVES: dict[str, Any] = {
+    "a text": {"x": "a\ud800b"},
+    "in a list in an object": {"docs": [{"title": "t", "body": ["\udfff"]}]},
+    "a key": {"docs": [{"\ud800": 1}]},
+    "a name": {"\ud800": 1},
+}
+
+
+@pytest.mark.parametrize("variables", HALVES.values(), ids=HALVES)
+def test_half_characters_in_the_templates_variables_are_refused(variables: dict[str, Any]) -> None:
+    """Also where the template shows none of them."""
+    with fake_worker("yes") as worker:
+        with pytest.raises(InvalidRequestError, match="half a surrogate pair") as caught:
+            worker.generate(HELLO, template_variables=variables)
+        assert caught.value.field.startswith("template_variables")
+        assert worker.generate(HELLO, template_variables={"x": "\U0001f600 ä"}).text == "yes"
+
+
+NESTED: dict[str, tuple[dict[str, Any], str]] = {
+    "a form": ({"response_format": {"type": "verse"}}, "response_format.type"),
+    "a name in a form": ({"response_format": {"type": "regex", "regexp": "a"}}, "response_format.regexp"),
+    "a tool": ({"tools": [{"name": "a"}, {"name": 3}]}, "tools.1.name"),
+    "a tool's text": ({"tools": [{"name": "a", "parameters": "p"}]}, "tools.0.parameters"),
+    "a choice": ({"tools": [{"name": "a"}], "tool_choice": {"name": ""}}, "tool_choice.name"),
+    "a word for a choice": ({"tools": [{"name": "a"}], "tool_choice": "perhaps"}, "tool_choice"),
+    "sampling": ({"temperature": -1.0}, "temperature"),
+    "a stop": ({"stop": ["a", ""]}, "stop"),
+}
+
+
+@pytest.mark.parametrize(("asked", "field"), NESTED.values(), ids=NESTED)
+def test_an_error_names_the_whole_way_to_a_field(asked: dict[str, Any], field: str) -> None:
+    with fake_worker() as worker, pytest.raises(InvalidRequestError) as caught:
+        worker.generate(HELLO, **asked)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}=")
+
+
+def test_an_error_in_a_turn_names_the_turn() -> None:
+    call = {"id": "a", "name": "", "arguments": {}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with fake_worker() as worker, pytest.raises(InvalidRequestError) as caught:
+        worker.generate(turns)
+    assert caught.value.field == "messages.1.tool_calls.0.name"
+    with pytest.raises(InvalidRequestError) as caught:
+        GenerationRequest(messages=({"role": "user", "content": "x", "nam": "y"},))  # type: ignore[arg-type]
+    assert caught.value.field == "messages.0.nam"
+    assert "the fields are role" in caught.value.reason
 
 
 def test_a_word_of_a_megabyte_is_counted_or_refused_in_bounded_time(smollm2_path: Path):

@@ -80,6 +80,7 @@ from llama_worker._requests import (
 )
 from llama_worker._status import Status
 from llama_worker._streams import AsyncEventStream, EventStream
+from llama_worker._thinking import can_think
 from llama_worker._version import __version__
 from llama_worker._worker import LlamaWorker
 
@@ -140,6 +141,7 @@ __all__ = [
     "WorkerDied",
     "WorkerHandle",
     "__version__",
+    "can_think",
     "cancel_scope",
     "close_all",
     "get_handle",

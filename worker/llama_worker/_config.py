@@ -5,7 +5,8 @@ Both are frozen, hashable and validated once, here. Names and defaults follow ll
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from contextvars import ContextVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -24,20 +25,55 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _raise_typed(cls, value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if _is_within.get():  # the outermost one knows the whole path
+            return handler(value)
+        token = _is_within.set(True)
         try:
             return handler(value)
         except ValidationError as invalid:
             error = _typed(cls, invalid)
+        finally:
+            _is_within.reset(token)
         raise error
 
 
+_is_within: Final[ContextVar[bool]] = ContextVar("_is_within", default=False)
+"""Settings are being read in which others stand."""
+
+
 def _typed(cls: type[Settings], invalid: ValidationError) -> FieldError:
-    first = invalid.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"][:1]) or cls.__name__
+    errors = invalid.errors(include_url=False)
+    # Of several types that were tried for one value, the one that got furthest.
+    tried = errors[0]["loc"][:-1] or errors[0]["loc"]
+    first = max((error for error in errors if error["loc"][: len(tried)] == tried), key=lambda error: len(error["loc"]))
+    inner, path = _place(cls, first["loc"])
     reason = first["msg"]
     if first["type"] == "extra_forbidden":
-        reason = f"unknown; the fields are {', '.join(cls.model_fields)}"
-    return cls.error_type(field, first["input"], reason)
+        path.append(str(first["loc"][-1]))
+        reason = f"unknown; the fields are {', '.join(inner.model_fields)}"
+    while path and path[-1].isdecimal():
+        path.pop()
+    return cls.error_type(".".join(path) or cls.__name__, first["input"], reason)
+
+
+def _place(cls: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], list[str]]:
+    """The innermost Settings that an error is in, and the fields and numbers that lead there. pydantic also names
+    types that it has tried."""
+    path: list[str] = []
+    for part in loc:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in cls.model_fields:
+            path.append(part)
+            cls = _settings_in(cls.model_fields[part].annotation) or cls
+    return cls, path
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    """The Settings that a field holds, if it does."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next(filter(None, map(_settings_in, get_args(annotation))), None)
 
 
 class ModelConfig(Settings):

@@ -25,7 +25,7 @@ Messages name the field, the value and the way out. They never carry prompt or r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from llama_worker._events import Reply
@@ -69,6 +69,15 @@ class FieldError(LlamaWorkerError):
         super().__init__(f"{field}={shown(value)}: {reason}")
         self.field = field
         self.reason = reason
+
+    def within(self, place: str) -> Self:
+        """The same error of something that stands at `place`; one that says so already does not change."""
+        if self.field.partition(".")[0] == place.partition(".")[0]:
+            return self
+        placed = copy_of(self)
+        placed.field = f"{place}.{self.field}"
+        placed.args = (f"{place}.{self}",)
+        return placed
 
 
 class ConfigError(FieldError):

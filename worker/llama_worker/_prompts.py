@@ -22,23 +22,32 @@ _ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "par
 def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
     if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
         raise InvalidRequestError("prompt", type(prompt).__name__, "give a str, or a list of messages")
-    messages = []
-    for item in prompt:
-        if isinstance(item, Message):
-            messages.append(item)
-        elif isinstance(item, Mapping):
-            messages.append(Message(**item))
-        else:
-            raise InvalidRequestError(
-                "messages", type(item).__name__, "each must be a Message or a mapping with role and content"
-            )
-    return tuple(messages)
+    return tuple(_message(item, f"messages.{index}") for index, item in enumerate(prompt))
+
+
+def _message(item: MessageLike, place: str) -> Message:
+    if isinstance(item, Message):
+        return item
+    if not isinstance(item, Mapping):
+        reason = "each must be a Message or a mapping with role and content"
+        raise InvalidRequestError("messages", type(item).__name__, reason)
+    try:
+        return Message(**item)
+    except InvalidRequestError as error:
+        raise error.within(place) from None
 
 
 def core_tools(tools: Sequence[ToolLike]) -> tuple[ToolSpec, ...]:
     if isinstance(tools, Mapping | ToolSpec) or not isinstance(tools, Sequence):
         raise InvalidRequestError("tools", type(tools).__name__, "give a list of tools")
-    return tuple(tool if isinstance(tool, ToolSpec) else ToolSpec(**tool) for tool in tools)
+    return tuple(_tool(item, f"tools.{index}") for index, item in enumerate(tools))
+
+
+def _tool(item: ToolLike, place: str) -> ToolSpec:
+    try:
+        return item if isinstance(item, ToolSpec) else ToolSpec(**item)
+    except InvalidRequestError as error:
+        raise error.within(place) from None
 
 
 def generation_request(

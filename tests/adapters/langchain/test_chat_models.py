@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from langchain_core.runnables import ConfigurableField
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
 from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, WorkerConfig
 from llama_worker.testing import fake_worker
+from tests.worker.tools import QWEN, THINKER
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Tell me of the sea.")]
 beta = pytest.mark.filterwarnings("ignore:.* is in beta")  # says langchain_core of what it is asked for here
@@ -209,10 +211,18 @@ def test_the_profile_tells_the_skills(worker: LlamaWorker, skill: str) -> None:
     assert chat(worker).profile[skill] is True  # type: ignore[index, literal-required]
 
 
-def test_a_template_of_a_model_that_thinks_shows_in_its_profile() -> None:
-    thinker = ChatLlamaWorker(model="demo://smollm2-135m-instruct", chat_template="{{ messages }}<think>")
-    assert thinker.profile is not None
-    assert thinker.profile["reasoning_output"] is True
+SPEAKS_OF_THOUGHTS = "{# no reasoning_content #}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}<b>"
+
+
+@pytest.mark.parametrize(("template", "thinks"), [(THINKER, True), (QWEN, True), (SPEAKS_OF_THOUGHTS, False)])
+def test_the_profile_tells_whether_the_template_writes_thoughts(template: str, thinks: bool, tmp_path: Path) -> None:
+    """Not whether it speaks of them; and wherever it stands."""
+    path = tmp_path / "template.jinja"
+    path.write_text(template, encoding="utf-8")
+    for given in (template, str(path)):
+        profile = ChatLlamaWorker(model="demo://smollm2-135m-instruct", chat_template=given).profile
+        assert profile is not None
+        assert profile["reasoning_output"] is thinks
 
 
 def test_a_worker_given_twice_over_must_agree(worker: LlamaWorker) -> None:

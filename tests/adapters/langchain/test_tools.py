@@ -469,3 +469,22 @@ def test_models_that_ask_for_different_things_have_different_identities() -> Non
 
 def test_the_tool_of_the_tests_is_one() -> None:
     assert isinstance(add, BaseTool)
+
+
+LONG = {"name": "a" * 300, "description": "", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (lambda: core_format({"type": "verse"}), "response_format.type"),
+        (lambda: core_format({"type": "regex", "regexp": "a"}), "response_format.regexp"),
+        (lambda: core_format({"type": "regex"}), "response_format"),
+        (lambda: core_tools([ToolSpec(name="b"), {"type": "function", "function": LONG}]), "tools.1.name"),
+    ],
+)
+def test_an_error_names_the_whole_way_to_a_field(asked: Callable[[], object], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        asked()
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}=")
