@@ -11,6 +11,7 @@ from pydantic import BaseModel, model_validator
 from langchain_llama_worker._calls import Call
 from langchain_llama_worker._errors import mapped_errors
 from langchain_llama_worker._params import PROVIDER, ModelFields, SamplingFields, log_inert, merged_stops
+from langchain_llama_worker._threads import session_of
 from langchain_llama_worker._tools import core_format
 from llama_worker import (
     InvalidRequestError,
@@ -29,14 +30,17 @@ _FORBIDDEN = {
     "functions": "give tools",
     "function_call": "give tool_choice",
 }
-_OPTIONS = frozenset({"model", "timeout", "stream", "stream_usage"})
+_OPTIONS = frozenset({"model", "session_id", "timeout", "stream", "stream_usage"})
 
 
 class GenerationFields(SamplingFields, ModelFields):
     """The fields and the inner workings of a generating model.
 
-    Every keyword of SamplingFields, `response_format`, `timeout`, `stop`, `stream_usage` and `model` may be given to
-    each call. A call's `model` is another model, opened with the other settings of this object.
+    Every keyword of SamplingFields, `response_format`, `timeout`, `stop`, `stream_usage`, `session_id` and `model` may
+    be given to each call. A call's `model` is another model, opened with the other settings of this object.
+
+    `session_id` names the conversation that calls belong to: sessions take turns, and each finds its own KV cache
+    first. Without one it is the `thread_id` of the config, if there is one.
 
     `response_format` says what the text must be: a dict of OpenAI's form, a llama_worker.ResponseFormat (a regex,
     choices or a grammar among others), or a class whose objects are wanted.
@@ -44,6 +48,7 @@ class GenerationFields(SamplingFields, ModelFields):
 
     streaming: bool | None = None
     stream_usage: bool = True
+    session_id: str | None = None
     response_format: Any = None
 
     _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format"})
@@ -104,17 +109,27 @@ class GenerationFields(SamplingFields, ModelFields):
             params["ls_stop"] = stops
         return params
 
-    def _call(self, prompt: str | Sequence[Message], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Call:
-        """One request with the keywords of one call. Raises typed errors for what cannot be meant."""
+    def _call(
+        self, prompt: str | Sequence[Message], stop: list[str] | None, kwargs: Mapping[str, Any], run: Any = None
+    ) -> Call:
+        """One request with the keywords of one call, for the run of the manager `run`.
+
+        Raises typed errors for what cannot be meant.
+        """
         self._check_keywords(kwargs)
         model, timeout, usage = (kwargs.get(name) for name in ("model", "timeout", "stream_usage"))
         changes = {name: value for name, value in kwargs.items() if name in SamplingParams.model_fields}
         sampling = self._sampling(stop, changes).model_dump(exclude_unset=True)
+        session = self._said(kwargs, "session_id")
+        options = {
+            "timeout": self.timeout if timeout is None else timeout,
+            "session": session_of(run) if session is None else session,
+        }
         return Call(
             connect=lambda: self._connect(model),
             model=self._served(model),
             prompt=prompt,
-            options={**sampling, **self._asked(kwargs), "timeout": self.timeout if timeout is None else timeout},
+            options={**sampling, **self._asked(kwargs), **options},
             stream_usage=self.stream_usage if usage is None else usage,
             retry=self._retry,
         )
@@ -153,7 +168,7 @@ class GenerationFields(SamplingFields, ModelFields):
 def _unknown(name: str, asked: Iterable[str]) -> str:
     if name in ModelConfig.model_fields:
         return "belongs to the model, not to a call; give it to the constructor"
-    more = ", ".join(["model", "stop", "stream_usage", "timeout", *sorted(asked)])
+    more = ", ".join(["model", "session_id", "stop", "stream_usage", "timeout", *sorted(asked)])
     return f"unknown; a call takes the fields of SamplingParams, {more}"
 
 

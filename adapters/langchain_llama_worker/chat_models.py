@@ -22,11 +22,12 @@ from langchain_llama_worker._messages import to_core
 from langchain_llama_worker._profile import profile_of
 from langchain_llama_worker._replies import ChatChunks, chat_result
 from langchain_llama_worker._structured import Method, structured
+from langchain_llama_worker._threads import Threaded
 from langchain_llama_worker._tools import core_choice, core_tools, openai_tool
 from llama_worker import inspect_model
 
 
-class ChatLlamaWorker(ChatFields, BaseChatModel):
+class ChatLlamaWorker(ChatFields, Threaded, BaseChatModel):
     """A chat model on a llama.cpp worker thread of this process.
 
     ```python
@@ -35,9 +36,9 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
     ```
 
     Keywords: all fields of ModelConfig (or `worker`), WorkerConfig and SamplingParams, `timeout`,
-    `max_retries`, `stop`, `streaming`, `stream_usage`, `response_format`, and those of ChatFields: `tool_choice`,
-    `parallel_tool_calls`, `enable_thinking`, `reasoning_budget`, `template_variables`. An unknown one raises
-    ConfigError.
+    `max_retries`, `stop`, `streaming`, `stream_usage`, `session_id`, `response_format`, and those of ChatFields:
+    `tool_choice`, `parallel_tool_calls`, `enable_thinking`, `reasoning_budget`, `template_variables`. An unknown one
+    raises ConfigError.
 
     Calls of tools and the form of an answer are enforced while they are sampled. What is cut off is never a call:
     it stands in `invalid_tool_calls`, streamed or not, and why, in `response_metadata["invalid_tool_calls"]`. The
@@ -64,7 +65,7 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._chat_call(messages, stop, kwargs)
+        call = self._chat_call(messages, stop, kwargs, run_manager)
         return chat_result(generate(call), call.model, in_blocks=self._in_blocks)
 
     async def _agenerate(
@@ -74,7 +75,7 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._chat_call(messages, stop, kwargs)
+        call = self._chat_call(messages, stop, kwargs, run_manager)
         return chat_result(await agenerate(call), call.model, in_blocks=self._in_blocks)
 
     def _stream(
@@ -84,7 +85,7 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._chat_call(messages, stop, kwargs)
+        call = self._chat_call(messages, stop, kwargs, run_manager)
         chunks = ChatChunks(call.model, usage=call.stream_usage, in_blocks=self._in_blocks)
         with closing(events(call)) as answers:
             for event in answers:
@@ -102,7 +103,7 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._chat_call(messages, stop, kwargs)
+        call = self._chat_call(messages, stop, kwargs, run_manager)
         chunks = ChatChunks(call.model, usage=call.stream_usage, in_blocks=self._in_blocks)
         async with aclosing(aevents(call)) as answers:
             async for event in answers:
@@ -181,9 +182,11 @@ class ChatLlamaWorker(ChatFields, BaseChatModel):
     def _in_blocks(self) -> bool:
         return getattr(self, "output_version", None) == "v1"
 
-    def _chat_call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Call:
+    def _chat_call(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], run: Any = None
+    ) -> Call:
         with mapped_errors():
-            return self._call(to_core(messages), stop, kwargs)
+            return self._call(to_core(messages), stop, kwargs, run)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._tracing_params("chat", stop, kwargs)

@@ -18,10 +18,11 @@ from langchain_llama_worker._errors import mapped_errors
 from langchain_llama_worker._loading import make_loadable
 from langchain_llama_worker._model import GenerationFields
 from langchain_llama_worker._replies import generation_chunk, llm_result
+from langchain_llama_worker._threads import Threaded
 from llama_worker import Reply
 
 
-class LlamaWorkerLLM(GenerationFields, BaseLLM):
+class LlamaWorkerLLM(GenerationFields, Threaded, BaseLLM):
     """A completion model on a llama.cpp worker thread of this process.
 
     Takes the keywords of ChatLlamaWorker and keeps its promises. The prompts of a batch are submitted
@@ -41,7 +42,7 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        calls = [self._text_call(prompt, stop, kwargs) for prompt in prompts]
+        calls = [self._text_call(prompt, stop, kwargs, run_manager) for prompt in prompts]
         return llm_result(_all_replies(calls), self._named(calls))
 
     async def _agenerate(
@@ -51,7 +52,7 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        calls = [self._text_call(prompt, stop, kwargs) for prompt in prompts]
+        calls = [self._text_call(prompt, stop, kwargs, run_manager) for prompt in prompts]
         return llm_result(await _all_replies_async(calls), self._named(calls))
 
     def _stream(
@@ -61,7 +62,7 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        call = self._text_call(prompt, stop, kwargs)
+        call = self._text_call(prompt, stop, kwargs, run_manager)
         with closing(events(call)) as answers:
             for event in answers:
                 chunk = generation_chunk(event, call.model, usage=call.stream_usage)
@@ -78,7 +79,7 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call = self._text_call(prompt, stop, kwargs)
+        call = self._text_call(prompt, stop, kwargs, run_manager)
         async with aclosing(aevents(call)) as answers:
             async for event in answers:
                 chunk = generation_chunk(event, call.model, usage=call.stream_usage)
@@ -96,9 +97,9 @@ class LlamaWorkerLLM(GenerationFields, BaseLLM):
         """How many tokens `text` has in the model's vocabulary."""
         return len(self.get_token_ids(text))
 
-    def _text_call(self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any]) -> Call:
+    def _text_call(self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any], run: Any = None) -> Call:
         with mapped_errors():
-            return self._call(prompt, stop, kwargs)
+            return self._call(prompt, stop, kwargs, run)
 
     def _named(self, calls: Sequence[Call]) -> str:
         return calls[0].model if calls else self._model_name

@@ -5,6 +5,7 @@ The house, from the outside in:
     _worker        LlamaWorker: generate, stream, embed, reload, close and their a-twins
     _registry      one live worker for each configuration; _handle is an adapter's share in it
     _batch         many prompts in one call; _state a worker as JSON
+    _session       explicit control of what is computed once; _manifest says what that is, _session_jobs asks for it
     _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
     _channel       the bounded way to the worker thread; _commands is what travels on it, _fairness whose turn it is
     _loop          the worker thread, with _decoding, _kv_ops, _embedding and _reloading: the only callers of an engine
@@ -36,10 +37,13 @@ from llama_worker._errors import (
     InvalidOutputError,
     InvalidRequestError,
     LlamaWorkerError,
+    ManifestMismatchError,
     ModelLoadError,
     ModelNotFoundError,
     QueueFull,
     RequestError,
+    SessionClosedError,
+    SessionFatalError,
     StreamStalled,
     TemplateError,
     UnsupportedFeatureError,
@@ -63,6 +67,7 @@ from llama_worker._events import (
 )
 from llama_worker._handle import WorkerHandle
 from llama_worker._health import Health
+from llama_worker._manifest import Manifest, RuntimeIdentity, Segment
 from llama_worker._memory import MemoryPlan, plan_memory
 from llama_worker._metrics import CacheMetrics, Distribution, Metrics
 from llama_worker._models import inspect_model
@@ -78,6 +83,8 @@ from llama_worker._requests import (
     ToolName,
     ToolSpec,
 )
+from llama_worker._session import Session
+from llama_worker._session_report import ContextReport, PrefixStatus, SuffixStatus
 from llama_worker._status import Status
 from llama_worker._streams import AsyncEventStream, EventStream
 from llama_worker._thinking import can_think
@@ -90,6 +97,7 @@ __all__ = [
     "CancelScope",
     "ConfigError",
     "ContextOverflowError",
+    "ContextReport",
     "DeadlineExceeded",
     "Distribution",
     "EmbedRequest",
@@ -108,6 +116,8 @@ __all__ = [
     "InvalidToolCall",
     "LlamaWorker",
     "LlamaWorkerError",
+    "Manifest",
+    "ManifestMismatchError",
     "MemoryPlan",
     "Message",
     "Metrics",
@@ -115,15 +125,22 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFoundError",
+    "PrefixStatus",
     "QueueFull",
     "ReasoningDelta",
     "Reply",
     "RequestError",
     "ResponseFormat",
+    "RuntimeIdentity",
     "SamplingParams",
+    "Segment",
+    "Session",
+    "SessionClosedError",
+    "SessionFatalError",
     "Status",
     "StreamEvent",
     "StreamStalled",
+    "SuffixStatus",
     "TemplateError",
     "TextDelta",
     "TokenLogprob",

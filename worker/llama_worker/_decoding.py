@@ -29,10 +29,14 @@ logger = logging.getLogger("llama_worker")
 def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> None:
     """One decode for everyone who runs, and what is sampled from it."""
     scheduler = loaded.scheduler
+    if scheduler.waiting:
+        _spare(service, loaded)
     for generation, ops in scheduler.admit(newcomers=newcomers) if scheduler.waiting else ():
         seat(loaded, generation, ops)
         service.meter.begun(generation.command.record, generation.command.submitted, service.clock())
         _start(loaded, generation)
+    for generation in scheduler.prefilled:
+        _end_prefill(loaded, generation)
     if scheduler.is_short_of_cells:
         running = len(scheduler.running)
         apply(loaded, scheduler.make_room())
@@ -47,9 +51,21 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
         take_checkpoints(loaded, batch)
 
 
+def _spare(service: Service, loaded: Loaded) -> None:
+    """Answer those at once whose prompts are computed, and who want no more."""
+    for generation in loaded.scheduler.spare():
+        service.meter.begun(generation.command.record, generation.command.submitted, service.clock())
+        _end_prefill(loaded, generation)
+
+
+def _end_prefill(loaded: Loaded, generation: Generation) -> None:
+    generation.finish("length")
+    loaded.retire(generation)
+
+
 def _start(loaded: Loaded, generation: Generation) -> None:
     """Give a newcomer its sampler. A preempted generation has one already, with its history."""
-    if generation.sampler is not None:
+    if generation.sampler is not None or generation.is_prefill:
         return
     job = generation.command.job
     try:

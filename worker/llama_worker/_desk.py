@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from llama_worker._admission import Admission
 from llama_worker._cancel import CancelFlag, CancelScope, new_flag, seconds_left
 from llama_worker._commands import Embed, EventSink, Generate
 from llama_worker._errors import DeadlineExceeded, WorkerClosed
+from llama_worker._jobs import GenerationJob
 from llama_worker._preparer import Preparer
 from llama_worker._published import Published
 from llama_worker._record import Record
@@ -26,6 +27,7 @@ from llama_worker._view import ModelView
 T = TypeVar("T")
 
 Vectors = list[list[float]]
+Prepare: TypeAlias = Callable[[ModelView], GenerationJob]
 
 
 class Desk:
@@ -79,18 +81,33 @@ class Desk:
         assert view is not None
         return view
 
-    def submit(self, request: GenerationRequest, sink: EventSink, cancel: CancelFlag, deadline: float | None) -> None:
-        """Hand in a generation whose events go into `sink`. Blocks while the model loads or the channel is full."""
+    def submit(
+        self,
+        request: GenerationRequest,
+        sink: EventSink,
+        cancel: CancelFlag,
+        deadline: float | None,
+        prepare: Prepare | None = None,
+    ) -> None:
+        """Hand in a generation whose events go into `sink`. Blocks while the model loads or the channel is full.
+
+        `prepare` makes another job of it than `request` alone does.
+        """
         with self._observe(request) as record:
-            job = self._view_until(deadline, request.timeout, cancel).prepare_generation(request)
+            job = _prepared(self._view_until(deadline, request.timeout, cancel), request, prepare)
             self._admission.put(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
 
     async def asubmit(
-        self, request: GenerationRequest, sink: EventSink, cancel: CancelFlag, deadline: float | None
+        self,
+        request: GenerationRequest,
+        sink: EventSink,
+        cancel: CancelFlag,
+        deadline: float | None,
+        prepare: Prepare | None = None,
     ) -> None:
         """The async twin of `submit`."""
         with self._observe(request) as record:
-            job = await self.prepared(lambda view: view.prepare_generation(request), deadline, request.timeout, cancel)
+            job = await self.prepared(lambda view: _prepared(view, request, prepare), deadline, request.timeout, cancel)
             await self._admission.aput(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
 
     def embed(self, request: EmbedRequest) -> Vectors:
@@ -146,6 +163,10 @@ class Desk:
         if view is None:
             raise DeadlineExceeded(timeout)
         return view
+
+
+def _prepared(view: ModelView, request: GenerationRequest, prepare: Prepare | None) -> GenerationJob:
+    return view.prepare_generation(request) if prepare is None else prepare(view)
 
 
 def _wait(answer: Future[T], cancel: CancelFlag, deadline: float | None) -> T:

@@ -10,6 +10,7 @@ LlamaWorkerError
 │   ├── InvalidRequestError     a field has a value that cannot work
 │   ├── ContextOverflowError    the tokens do not fit into n_ctx
 │   ├── TemplateError           the chat template refused the messages
+│   ├── ManifestMismatchError   what a session computed is of no use now; ensure its prefix again
 │   └── UnsupportedFeatureError the loaded model cannot do this
 ├── QueueFull                   try later
 ├── DeadlineExceeded            it took longer than the caller allowed
@@ -17,6 +18,8 @@ LlamaWorkerError
 ├── GenerationCancelled         the caller cancelled; raised by the non-streaming calls only
 ├── GenerationError             the engine failed this request; the worker serves on
 │   └── InvalidOutputError      the reply is complete and not what it had to be; carries it
+├── SessionClosedError          the session was closed; open another
+│   └── SessionFatalError       it broke, and stays so; `__cause__` is what broke it first
 └── WorkerClosed                the worker was closed; open another
     └── WorkerDied              it broke; `__cause__` is the original exception
 
@@ -145,6 +148,17 @@ class TemplateError(RequestError):
     """The model's chat template could not render the messages."""
 
 
+class ManifestMismatchError(RequestError):
+    """What a session, or an exported state, was computed with is not what there is now. `reason` says what differs.
+
+    Nothing was changed. A session goes on when `ensure_prefix` has been called again.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"what was computed is of no use now: {reason}; call ensure_prefix again")
+        self.reason = reason
+
+
 class UnsupportedFeatureError(RequestError):
     """The loaded model, or this version of the package, does not offer `feature`."""
 
@@ -209,6 +223,21 @@ class InvalidOutputError(GenerationError):
 
 def took_too_long(limit: float) -> GenerationError:
     return GenerationError(f"a step took longer than step_timeout={limit:g} s; allow more, or lower n_batch")
+
+
+class SessionClosedError(LlamaWorkerError):
+    """The session was closed. Its worker serves on."""
+
+    def __init__(self, message: str = "the session is closed; open another with worker.session()") -> None:
+        super().__init__(message)
+
+
+class SessionFatalError(SessionClosedError):
+    """The session broke: what it holds cannot be trusted any more. `__cause__` is the first thing that went wrong."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the session was broken by {type(cause).__name__}; open another with worker.session()")
+        self.__cause__ = cause
 
 
 class WorkerClosed(LlamaWorkerError):

@@ -19,13 +19,17 @@ from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 
 
 class Generation:
-    """One live request. The worker thread's; `slot` is None while it waits for a seat."""
+    """One live request. The worker thread's; `slot` is None while it waits for a seat.
+
+    One that `is_prefill` wants its prompt computed and nothing said: no logits, no sampler.
+    """
 
     __slots__ = (
         "cached",
         "cancel",
         "command",
         "guide",
+        "is_prefill",
         "n_prompt",
         "order",
         "passed_over",
@@ -43,6 +47,7 @@ class Generation:
         self.order = order
         self.tokens = TokenBuffer(job.prompt)
         self.n_prompt = len(job.prompt)
+        self.is_prefill = not job.max_tokens
         self.reply = ReplyPipeline(vocabulary.pieces, job.request.params.stop, job.parser, job.check_call)
         self.guide = job.guide
         self.slot: Slot | None = None
@@ -65,7 +70,7 @@ class Generation:
 
     @property
     def n_left(self) -> int:
-        """Tokens to decode before the next one can be sampled; at least 1."""
+        """Tokens to decode before the next one can be sampled; at least 1, of a prefill 0 when it is done."""
         slot = self.slot
         return self.tokens.n if slot is None else self.tokens.n - slot.tokens.n
 

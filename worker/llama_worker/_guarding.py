@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from llama_worker._chat.plain import plain
+from llama_worker._chat.schema_order import in_order
 from llama_worker._requests import Message, ToolCall, ToolSpec
 
 Protect: TypeAlias = Callable[[str], str]
@@ -27,11 +28,14 @@ def guarded_message(message: Message, protect: Protect) -> Message:
 
 
 def guarded_tool(tool: ToolSpec, protect: Protect) -> ToolSpec:
-    """`tool` with every text in it protected. Its name, too: the marks do not change how it is written."""
+    """`tool` with every text in it protected, its schema in one order of keys.
+
+    Its name, too: the marks do not change how it is written.
+    """
     update = {
         "name": protect(tool.name),
         "description": protect(tool.description),
-        "parameters": guarded_data(tool.parameters, protect, "tools"),
+        "parameters": _guarded(in_order(plain(tool.parameters, "tools")), protect),
     }
     return tool.model_copy(update=update)
 

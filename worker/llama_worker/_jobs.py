@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llama_worker._guide import Guide
+from llama_worker._pins import Pin
 from llama_worker._reply import CallCheck, Parser
 from llama_worker._requests import EmbedRequest, GenerationRequest
 from llama_worker._tokens import TokenIds
+
+if TYPE_CHECKING:
+    from llama_worker._view import ModelView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,6 +25,9 @@ class GenerationJob:
     tokens that the reply must begin with. `guide` and `parser` are for one reply, and used up by it; None where
     anything may come, and where it can be nothing but text. `check_call` and `check_text` hold a complete call
     and a complete text against what could not be enforced; `check_text` returns what is wrong, or None.
+
+    `max_tokens` 0: the prompt is to be computed, and nothing said. `again` prepares it for another model; None:
+    as `request` says. The first `n_pinned` tokens of the prompt are kept rather than others while `pin` holds.
     """
 
     request: GenerationRequest
@@ -34,6 +42,9 @@ class GenerationJob:
     parser: Parser | None = None
     check_call: CallCheck | None = None
     check_text: Callable[[str], str | None] | None = None
+    again: Callable[[ModelView], GenerationJob] | None = None
+    pin: Pin | None = None
+    n_pinned: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

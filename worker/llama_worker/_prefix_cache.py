@@ -21,6 +21,7 @@ books already say that it was done: a decision changes the state it was decided 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -37,6 +38,7 @@ from llama_worker._checkpoints import (
     within,
 )
 from llama_worker._engine.base import SavedState
+from llama_worker._pins import Pin
 from llama_worker._ram_tier import WORTH_SAVING, Entry, RamTier
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 
@@ -46,6 +48,9 @@ tail for others would cost a slot."""
 
 WORTH_SHARING = 8
 """A shorter common prefix is decoded again: sharing it would keep two sequences tied for nothing."""
+
+_UNKNOWN = np.array([-1], np.int32)
+"""Stands for the next token of a prompt of which only the beginning is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +148,10 @@ class Slot:
 
     `checkpoints`, in order, are places in these tokens that the sequence can go back to. It cannot be trimmed to
     less than `firm` tokens: of what was restored, a window may be there only as far as it was needed.
+    `session` used it last; `pins` say how many of its first tokens whose sessions want to be kept.
     """
 
-    __slots__ = ("busy", "cells", "checkpoints", "firm", "last_used", "seq", "tokens")
+    __slots__ = ("busy", "cells", "checkpoints", "firm", "last_used", "pins", "seq", "session", "tokens")
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
@@ -155,10 +161,17 @@ class Slot:
         self.firm = 0
         self.busy = False
         self.last_used = 0
+        self.session: str | None = None
+        self.pins: list[tuple[Pin, int]] = []
 
     @property
     def n(self) -> int:
         return self.tokens.n
+
+    @property
+    def pinned(self) -> int:
+        """How many of its first tokens some session wants to be kept."""
+        return max((length for pin, length in self.pins if not pin.released), default=0)
 
     def __repr__(self) -> str:
         return f"<Slot {self.seq}: {self.n} tokens, {'busy' if self.busy else 'idle'}>"
@@ -232,24 +245,50 @@ class PrefixCache:
                 held[slot.cells] -= 1
         return int(np.count_nonzero(held == 0)) - self.cells.free
 
-    def match(self, prompt: TokenIds) -> tuple[Slot | None, int]:
+    def match(self, prompt: TokenIds, session: str | None = None) -> tuple[Slot | None, int]:
         """The slot that holds the longest usable prefix of `prompt`, and that prefix's length.
 
-        At least one token of a prompt is always decoded, so the length is at most len(prompt) - 1.
+        Of equal ones an idle one, and of these the one that `session` used last. At least one token of a prompt is
+        always decoded, so the length is at most len(prompt) - 1.
         """
         best: Slot | None = None
-        longest = 0
+        highest = 0, False, False
         for slot in self.slots:
             length = self._usable(slot, prompt)
-            if length > longest or (length == longest and best is not None and length and best.busy and not slot.busy):
-                best, longest = slot, length
-        return best, longest
+            rank = length, not slot.busy, session is not None and slot.session == session
+            if length and rank > highest:
+                best, highest = slot, rank
+        return best, highest[0]
 
-    def lend(self, prompt: TokenIds) -> Loan:
-        """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books."""
-        loan = self._loan(prompt)
+    def lend(self, prompt: TokenIds, session: str | None = None, *, goes_on: bool = False) -> Loan:
+        """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books.
+
+        `goes_on`: it is the beginning of prompts to come, so no logits are wanted and all of it may be there already.
+        """
+        loan = self._loan(_going_on(prompt) if goes_on else prompt, session)
+        loan.slot.session = session
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
         return loan
+
+    def find_whole(self, tokens: TokenIds) -> Slot | None:
+        """The slot that a prompt which begins with all of `tokens` would start from; now used last."""
+        slot, length = self.match(_going_on(tokens))
+        if slot is None or length < len(tokens):
+            return None
+        self._touch(slot)
+        self.counts = self.counts.with_loan(length, length)
+        return slot
+
+    def pin(self, slot: Slot, pin: Pin, length: int) -> None:
+        """Keep the first `length` tokens of `slot` rather than others; what `pin` kept before, it keeps no longer."""
+        self.unpin(pin)
+        if length and not pin.released:
+            slot.pins.append((pin, min(length, slot.n)))
+
+    def unpin(self, pin: Pin) -> None:
+        for slot in self.slots:
+            if slot.pins:
+                slot.pins = [held for held in slot.pins if held[0] is not pin and not held[0].released]
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
         """`tokens` were decoded behind what the slot holds."""
@@ -266,6 +305,8 @@ class PrefixCache:
         del slot.cells[length:]
         slot.tokens.truncate(length)
         slot.firm = min(slot.firm, length)
+        if slot.pins:
+            slot.pins = [held for held in slot.pins if held[1] <= length]
         if slot.checkpoints:
             kept = count_within(slot.checkpoints, length)
             self.checkpoints.let_go(slot.checkpoints[kept:])
@@ -279,16 +320,19 @@ class PrefixCache:
     def evict(self, n_cells: int) -> tuple[KVOp, ...]:
         """Free up to `n_cells` from the tail of the idle slot that was used longest ago.
 
-        Heads are what others may start from, so they go last; and last of all, whole, those that only idle
-        slots share, which frees nothing until their last holder goes: ask again. Nothing when `evictable` is 0.
+        Heads are what others may start from, so they go last; then, whole, those that only idle slots share,
+        which frees nothing until their last holder goes: ask again; and last of all what is pinned. Nothing when
+        `evictable` is 0.
         """
         busy = self._held_by_busy()
         idle = [slot for slot in self.slots if not slot.busy and slot.n and not busy[slot.cells].all()]
         if not idle:
             return ()
         own = {slot.seq: self._own_cells(slot) for slot in idle}
-        victim = min(idle, key=lambda slot: (own[slot.seq] == 0, slot.last_used))
-        spared = self._reachable(victim, victim.n - min(n_cells, own[victim.seq])) if own[victim.seq] else 0
+        loose = {slot.seq: min(own[slot.seq], slot.n - slot.pinned) for slot in idle}
+        victim = min(idle, key=lambda slot: (_pinned_whole(slot, loose), own[slot.seq] == 0, slot.last_used))
+        goes = loose[victim.seq] or own[victim.seq]
+        spared = self._reachable(victim, victim.n - min(n_cells, goes)) if goes else 0
         self.counts = self.counts.with_eviction(victim.n - spared)
         return (*self._saving(victim, own[victim.seq]), self._go_back(victim, spared))
 
@@ -413,14 +457,14 @@ class PrefixCache:
                 self.checkpoints.let_go([checkpoint])
         self.checkpoints.dropped()
 
-    def _loan(self, prompt: TokenIds) -> Loan:
-        donor, length = self.match(prompt)
+    def _loan(self, prompt: TokenIds, session: str | None) -> Loan:
+        donor, length = self.match(prompt, session)
         entry, saved = self.tier.find(prompt)
         if entry is not None and saved - length >= WORTH_SAVING:
             loan = self._recall(entry, saved)
             if loan is not None:
                 return loan
-        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE:
+        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE and length >= donor.pinned:
             return self._take_over(donor, length)
         if donor is not None and (self._can_share or self._needs_checkpoints) and length >= WORTH_SHARING:
             target = self._cheapest_idle(other_than=donor)
@@ -494,8 +538,17 @@ class PrefixCache:
 
     def _cheapest_idle(self, other_than: Slot | None = None) -> Slot | None:
         idle = [slot for slot in self.slots if not slot.busy and slot is not other_than]
-        return min(idle, key=lambda slot: (slot.n > 0, slot.last_used), default=None)
+        return min(idle, key=lambda slot: (slot.n > 0, slot.pinned > 0, slot.last_used), default=None)
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1
         slot.last_used = self._tick
+
+
+def _going_on(tokens: TokenIds) -> TokenIds:
+    return np.concatenate([tokens, _UNKNOWN])
+
+
+def _pinned_whole(slot: Slot, loose: Mapping[int, int]) -> bool:
+    """Whether evicting anything of `slot` would take what is pinned."""
+    return bool(slot.pinned) and not loose[slot.seq]

@@ -90,7 +90,8 @@ class Preparer:
 def prepared_again(request: Request, view: ModelView) -> Request:
     """`request` with a job for `view`. Raises RequestError when it no longer fits."""
     if isinstance(request, Generate):
-        return replace(request, job=view.prepare_generation(request.job.request))
+        again = request.job.again
+        return replace(request, job=again(view) if again else view.prepare_generation(request.job.request))
     return replace(request, job=view.prepare_embedding(request.job.request))
 
 

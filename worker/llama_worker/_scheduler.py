@@ -21,7 +21,7 @@ from llama_worker._commands import Generate
 from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._generation import Generation
 from llama_worker._pace import Pace
-from llama_worker._prefix_cache import KVOp, PrefixCache
+from llama_worker._prefix_cache import KVOp, Loan, PrefixCache, Slot
 
 PATIENCE = 8
 """So many steps may pass a prompt over before it goes first."""
@@ -96,13 +96,29 @@ class Scheduler:
                 break
             if self._should_wait(generation):
                 continue
-            loan = self.cache.lend(generation.tokens.view)
+            loan = self._lend(generation)
             generation.slot = loan.slot
             if generation.cached is None:
                 generation.cached = loan.reused
             self.running.append(generation)
             self.waiting.remove(generation)
             yield generation, loan.ops
+
+    def spare(self) -> list[Generation]:
+        """Of those who wait and want nothing but their prompts computed, those whose prompts are. They need no slot."""
+        spared = []
+        for generation in [g for g in self.waiting if g.is_prefill]:
+            slot = self.cache.find_whole(generation.tokens.view)
+            if slot is not None:
+                generation.cached = generation.n_prompt
+                self._pin(generation, slot)
+                spared.append(generation)
+        return spared
+
+    @property
+    def prefilled(self) -> list[Generation]:
+        """Those who run and have all that they want: their prompts are computed."""
+        return [g for g in self.running if g.is_prefill and not g.n_left]
 
     @property
     def is_short_of_cells(self) -> bool:
@@ -158,6 +174,7 @@ class Scheduler:
     def retire(self, generation: Generation) -> None:
         """The generation is over. Its slot keeps what it holds, for others."""
         if generation.slot is not None:
+            self._pin(generation, generation.slot)
             self.cache.give_back(generation.slot)
             generation.slot = None
         for group in (self.running, self.waiting):
@@ -204,6 +221,17 @@ class Scheduler:
         """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
         self.pace.observe(n_rows, milliseconds)
 
+    def _lend(self, generation: Generation) -> Loan:
+        job = generation.command.job
+        if job.pin is not None:
+            self.cache.unpin(job.pin)  # it must not be in the way of its own session
+        return self.cache.lend(generation.tokens.view, job.request.session, goes_on=generation.is_prefill)
+
+    def _pin(self, generation: Generation, slot: Slot) -> None:
+        job = generation.command.job
+        if job.pin is not None:
+            self.cache.pin(slot, job.pin, job.n_pinned)
+
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""
         by_checkpoint = self._limits.needs_checkpoints and self.cache.checkpoints.has_room
@@ -249,4 +277,5 @@ def _span(generation: Generation, n: int) -> Span:
     assert slot is not None
     start = slot.tokens.n
     end = start + n
-    return Span(slot.seq, start, generation.tokens.part(start, end), end == generation.tokens.n)
+    output = end == generation.tokens.n and not generation.is_prefill
+    return Span(slot.seq, start, generation.tokens.part(start, end), output)

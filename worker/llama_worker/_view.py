@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Final
@@ -122,7 +122,7 @@ class ModelView:
         Text of the messages never becomes a control token, and replies of this model keep the ids that
         were sampled. Raises TemplateError and InvalidRequestError.
         """
-        return self._tokens_of(self.rendered(messages, tools))
+        return self.tokens_of(self.rendered(messages, tools))
 
     def rendered(
         self,
@@ -132,6 +132,7 @@ class ModelView:
         enable_thinking: bool | None = None,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        today: date | None = None,
     ) -> str:
         """The prompt as the template writes it, with the guard's marks. Raises TemplateError, InvalidRequestError."""
         taken = _NAMES_OF_OURS & set(variables or ())
@@ -143,7 +144,7 @@ class ModelView:
             format=self.format,
             enable_thinking=enable_thinking,
             add_generation_prompt=add_generation_prompt,
-            today=date.today(),
+            today=today or date.today(),
             **guarded_variables(variables or {}, self.guard.protect),
         ).text
 
@@ -151,26 +152,45 @@ class ModelView:
         """The ids of a raw prompt: with BOS as the model wants it, control tokens in it are parsed."""
         return self.vocabulary.tokenize(prompt, add_special=True, parse_special=True)
 
-    def prepare_generation(self, request: GenerationRequest) -> GenerationJob:
-        """Tokens that fit. Raises RequestError."""
+    def prepare_generation(
+        self,
+        request: GenerationRequest,
+        *,
+        tokens: TokenIds | None = None,
+        today: date | None = None,
+        says: bool = True,
+    ) -> GenerationJob:
+        """Tokens that fit. Raises RequestError.
+
+        `tokens` stand in place of the request's prompt, `today` in that of the clock's day. Unless it `says` anything,
+        the job is to compute the prompt and no more.
+        """
         if not self.limits.generates:
             raise UnsupportedFeatureError("generation", f"{self.info.name} is an embedding model; open a chat model")
         format = PLAIN if request.messages is None else self.format
         check_request(request, format)
-        rendered = None if request.messages is None else self._rendered_for(request, request.messages)
-        prompt = self.prompt_tokens(request.prompt or "") if rendered is None else self._tokens_of(rendered)
+        rendered = None if request.messages is None else self._rendered_for(request, request.messages, today=today)
+        prompt = self.prompt_tokens(request.prompt or "") if rendered is None else self.tokens_of(rendered)
+        prompt = prompt if tokens is None else tokens
         if not len(prompt):
             raise InvalidRequestError("prompt", "", "it has no tokens, and this model has no BOS to begin with")
         max_tokens = self._room(len(prompt), request.params.max_tokens)
-        plan = plan_reply(request, format, rendered, self.vocabulary, self.compiler, room=max_tokens)
-        return GenerationJob(
+        boundaries = self._boundaries(request, rendered, prompt, today) if self.limits.needs_checkpoints else ()
+        job = GenerationJob(
             request=request,
             epoch=self.epoch,
             model=self.info.name,
             prompt=prompt,
-            max_tokens=max_tokens,
+            max_tokens=0,
             rendered=rendered,
-            boundaries=self._boundaries(request, rendered, prompt) if self.limits.needs_checkpoints else (),
+            boundaries=boundaries,
+        )
+        if not says:
+            return job
+        plan = plan_reply(request, format, rendered, self.vocabulary, self.compiler, room=max_tokens)
+        return replace(
+            job,
+            max_tokens=max_tokens,
             opening=plan.opening,
             guide=plan.guide,
             parser=plan.parser,
@@ -178,16 +198,26 @@ class ModelView:
             check_text=plan.check_text,
         )
 
-    def _rendered_for(self, request: GenerationRequest, messages: Sequence[Message], *, asks: bool = True) -> str:
+    def _rendered_for(
+        self,
+        request: GenerationRequest,
+        messages: Sequence[Message],
+        *,
+        asks: bool = True,
+        today: date | None = None,
+    ) -> str:
         return self.rendered(
             messages,
             request.tools,
             enable_thinking=request.enable_thinking,
             variables=request.template_variables,
             add_generation_prompt=asks,
+            today=today,
         )
 
-    def _boundaries(self, request: GenerationRequest, rendered: str | None, prompt: TokenIds) -> tuple[int, ...]:
+    def _boundaries(
+        self, request: GenerationRequest, rendered: str | None, prompt: TokenIds, today: date | None
+    ) -> tuple[int, ...]:
         """See `_boundaries`. What stays the same is seen by rendering the chat with something else behind it."""
         messages = request.messages
         if messages is None or rendered is None:
@@ -198,13 +228,14 @@ class ModelView:
         places = set()
         for chat, asks in others:
             try:
-                places.add(common_text(rendered, self._rendered_for(request, chat, asks=asks)))
+                places.add(common_text(rendered, self._rendered_for(request, chat, asks=asks, today=today)))
             except TemplateError:
                 continue  # it does not take such a chat: then this place is not known
-        before = [self._n_bytes(rendered[:place]) for place in places]
-        return chat_boundaries(prompt, self.vocabulary.pieces, before, self._n_bytes(rendered))
+        before = [self.n_bytes(rendered[:place]) for place in places]
+        return chat_boundaries(prompt, self.vocabulary.pieces, before, self.n_bytes(rendered))
 
-    def _n_bytes(self, rendered: str) -> int:
+    def n_bytes(self, rendered: str) -> int:
+        """How long a part of what `rendered` returned is in UTF-8, without the guard's marks."""
         return sum(len(segment.text.encode("utf-8", "replace")) for segment in self.guard.split(rendered))
 
     def warm(self) -> None:
@@ -257,7 +288,8 @@ class ModelView:
             after = int(ids[-1]) if len(ids) else after
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def _tokens_of(self, rendered: str) -> TokenIds:
+    def tokens_of(self, rendered: str) -> TokenIds:
+        """The ids of what `rendered` returned; replies of this model that it holds keep theirs."""
         turn = self.replies.find(rendered)
         if turn is None:
             return self._segment_tokens(rendered)

@@ -49,6 +49,8 @@ from llama_worker._reconfiguring import changed as reconfigured
 from llama_worker._record import Record
 from llama_worker._requests import EmbedRequest, GenerationRequest
 from llama_worker._service import Service
+from llama_worker._session import Session
+from llama_worker._session_report import PrefixStatus
 from llama_worker._snapshots import cache_metrics_of, metrics_of
 from llama_worker._stall import StallWatch
 from llama_worker._state import WorkerState, waiting_requests
@@ -362,6 +364,47 @@ class LlamaWorker:
 
         ask("")  # what is wrong with all of them is said at once
         return Batch(prompts, ask, self._desk.new_flag, max_concurrency, self._desk.would_refuse)
+
+    # -- sessions -----------------------------------------------------------------------------------
+
+    def session(
+        self,
+        name: str | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        priority: int = 0,
+    ) -> Session:
+        """A Session: a conversation whose prefix is computed and kept when you say so. Never waits.
+
+        `name` is the `session` of its requests; without one it is drawn. The others are those of GenerationRequest, for
+        all that the session says. Raises InvalidRequestError.
+        """
+        return Session(
+            self._desk,
+            self,
+            name,
+            enable_thinking=enable_thinking,
+            template_variables=template_variables,
+            priority=priority,
+        )
+
+    def warm(
+        self, messages: Sequence[MessageLike], tools: Sequence[ToolLike] = (), *, timeout: float | None = None
+    ) -> PrefixStatus:
+        """Compute what all conversations that begin with `messages` and `tools` have in common, for the next ones.
+
+        Blocks; raises as `generate`. Nothing is pinned: for that, open a session.
+        """
+        with self.session() as session:
+            return session.ensure_prefix(messages, tools, timeout=timeout)
+
+    async def awarm(
+        self, messages: Sequence[MessageLike], tools: Sequence[ToolLike] = (), *, timeout: float | None = None
+    ) -> PrefixStatus:
+        """The async twin of `warm`."""
+        with self.session() as session:
+            return await session.aensure_prefix(messages, tools, timeout=timeout)
 
     # -- embedding ----------------------------------------------------------------------------------
 

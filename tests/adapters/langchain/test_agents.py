@@ -182,9 +182,9 @@ class Watched(ChatLlamaWorker):
 
     seen: ClassVar[list[int]] = []
 
-    def _chat_call(self, messages: list[Any], stop: Any, kwargs: Any) -> Any:
+    def _chat_call(self, messages: list[Any], *given: Any) -> Any:
         self.seen.append(sum(m.text == "[cleared]" for m in messages if isinstance(m, ToolMessage)))
-        return super()._chat_call(messages, stop, kwargs)
+        return super()._chat_call(messages, *given)
 
 
 def test_a_history_is_trimmed_by_the_models_own_count() -> None:

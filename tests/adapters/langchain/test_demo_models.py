@@ -101,6 +101,7 @@ async def test_an_agent_answers_with_an_object(strategy: Any) -> None:
 def test_an_answer_is_the_same_streamed_or_not(choice: str, version: str | None) -> None:
     model = ChatLlamaWorker(**MODEL, temperature=0, max_tokens=48, output_version=version)
     bound = model.bind_tools([weather, pay], tool_choice=choice)
+    bound.invoke("Pay bob 3.")  # a cold prompt is computed in other batches, and may be answered in other words
     invoked, chunks = bound.invoke("Pay bob 3."), list(bound.stream("Pay bob 3."))
     streamed: Any = chunks[0] + chunks[1:]  # type: ignore[operator]
     assert streamed.text == invoked.text

@@ -19,11 +19,22 @@ def worker_keywords(keywords: Mapping[str, Any], fields: Mapping[str, Any]) -> d
 
     Raises InvalidRequestError for a name that nobody knows and a value that cannot be meant.
     """
-    given = {name: value for name, value in keywords.items() if value is not None or name not in _OPTIONAL}
-    merged = {**fields, **given}
+    given = {name: value for name, value in _named(keywords).items() if value is not None or name not in _OPTIONAL}
+    merged = {**_named(fields), **given}
     request = {name: value for name, value in merged.items() if name in _OPTIONAL and value is not None}
     sampling = SamplingParams(**{name: value for name, value in merged.items() if name not in _REQUEST | {"grammar"}})
     return {"timeout": merged.get("timeout"), **sampling.model_dump(), **_meant(request)}
+
+
+def _named(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """By the worker's own names: a `session_id` is a session."""
+    named = dict(keywords)
+    session_id = named.pop("session_id", None)
+    if session_id is None:
+        return named
+    if named.get("session") is not None:
+        raise InvalidRequestError("session_id", session_id, "session is given too; leave one of them out")
+    return {**named, "session": session_id}
 
 
 def _meant(request: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     ```
 
     Keywords: all fields of ModelConfig (or `worker`), WorkerConfig and SamplingParams, `timeout`, and
-    those of every LlamaIndex LLM. `messages_to_prompt` and `completion_to_prompt`, where given, replace
+    those of every LlamaIndex LLM. `session_id` names the conversation that calls belong to: sessions take turns, and
+    each finds its own KV cache first. `messages_to_prompt` and `completion_to_prompt`, where given, replace
     the model's own chat template. `enable_thinking` and `reasoning_budget` are those of GenerationRequest.
     `react_stop`: end a chat without tools where the model would write "Observation:", which is the agent's
     to say; None does so where the first message teaches the format, as a ReActAgent's does.
@@ -85,6 +86,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     is_function_calling_model: bool = True
     enable_thinking: bool | None = None
     reasoning_budget: int | None = Field(default=None, ge=0, le=2**24)
+    session_id: str | None = Field(default=None, min_length=1, max_length=256)
     react_stop: bool | None = None
 
     @classmethod
@@ -250,7 +252,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
 
     def _call(self, prompt: str | Sequence[Message], keywords: Mapping[str, Any], stops: tuple[str, ...] = ()) -> Call:
         """One request with the keywords of one call. Raises RequestError for what cannot be meant."""
-        names = (*SamplingParams.model_fields, "timeout", *(_THINKING if not isinstance(prompt, str) else ()))
+        names = (*SamplingParams.model_fields, *_ANY, *(_THINKING if not isinstance(prompt, str) else ()))
         asked = worker_keywords(keywords, {name: getattr(self, name) for name in names})
         if isinstance(prompt, str) and asked.get("tools"):
             raise InvalidRequestError("tools", "a raw prompt", "only the chat template can render them; leave one out")
@@ -258,6 +260,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
         return Call(self._connect, self._served()[0].name, prompt, asked)
 
 
+_ANY = ("timeout", "session_id")
 _THINKING = ("enable_thinking", "reasoning_budget")
 
 
