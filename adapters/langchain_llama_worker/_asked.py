@@ -27,6 +27,7 @@ class ChatFields(GenerationFields):
     _asked_names: ClassVar[frozenset[str]] = frozenset(
         {
             "response_format",
+            "loras",
             "strict",
             "tools",
             "tool_choice",

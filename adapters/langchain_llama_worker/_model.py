@@ -44,14 +44,18 @@ class GenerationFields(SamplingFields, ModelFields):
 
     `response_format` says what the text must be: a dict of OpenAI's form, a llama_worker.ResponseFormat (a regex,
     choices or a grammar among others), or a class whose objects are wanted.
+
+    `loras`: the LoRA adapters to generate with, {name: scale} or names alone, of those that `lora_paths` loads or
+    the worker's `add_lora` did. A call's replace the object's; {} is the model itself.
     """
 
     streaming: bool | None = None
     stream_usage: bool = True
     session_id: str | None = None
     response_format: Any = None
+    loras: dict[str, float] | list[str] | str | None = None
 
-    _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format"})
+    _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format", "loras"})
 
     @model_validator(mode="after")
     def _check_asked_fields(self) -> Self:
@@ -137,7 +141,8 @@ class GenerationFields(SamplingFields, ModelFields):
     def _asked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What is asked of the answer beside its sampling, as the worker's keywords. What nobody gave is not there."""
         wanted = core_format(self._said(kwargs, "response_format"), strict=kwargs.get("strict"))
-        return {} if wanted is None else {"response_format": wanted}
+        asked = {"response_format": wanted, "loras": self._said(kwargs, "loras")}
+        return {name: value for name, value in asked.items() if value is not None}
 
     def _said(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """What the call says, or the constructor if the call says None."""

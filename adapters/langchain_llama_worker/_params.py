@@ -88,6 +88,7 @@ class ModelFields(BaseModel):
     rope_freq_base: float | None = None
     rope_freq_scale: float | None = None
     pooling: str | None = None
+    lora_paths: dict[str, str] | tuple[tuple[str, str], ...] | None = None
     chat_template: str | None = None
     fit: str | None = None
     n_ctx_min: int | None = None
@@ -127,7 +128,8 @@ class ModelFields(BaseModel):
         return self
 
     def _check_worker_alone(self, worker: LlamaWorker) -> None:
-        given = {**_given(self, ModelConfig), **_given(self, WorkerConfig)}
+        model = ModelConfig(**{"model": worker.config.model, **_given(self, ModelConfig)})
+        given = {**model.model_dump(exclude_unset=True), **_given(self, WorkerConfig)}
         for name, value in given.items():
             if getattr(worker.config, name, None) != value:
                 raise ConfigError(name, value, "worker= is given and was opened otherwise; leave one of them out")

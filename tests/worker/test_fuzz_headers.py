@@ -18,12 +18,12 @@ pytestmark = pytest.mark.engine
 PROGRAM = Path(__file__).with_name("fuzzed_models.py")
 
 
-def outcomes(first: int, last: int, files: list[Path]) -> tuple[Counter[str], list[str]]:
+def outcomes(first: int, last: int, files: list[Path], program: Path = PROGRAM) -> tuple[Counter[str], list[str]]:
     """How the seeds end, and those at which the process ended or hung: it is started again behind each."""
     seen: Counter[str] = Counter()
     deaths: list[str] = []
     while first < last:
-        command = [sys.executable, "-X", "faulthandler", str(PROGRAM), str(first), str(last), *map(str, files)]
+        command = [sys.executable, "-X", "faulthandler", str(program), str(first), str(last), *map(str, files)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
         lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
         seen += Counter(line[1] for line in lines if len(line) == 2 and line[1])

@@ -8,13 +8,15 @@ The house, from the outside in:
     _session       explicit control of what is computed once; _manifest says what that is, _session_jobs asks for it
     _view          ModelView: what callers prepare requests with (template, vocabulary, limits)
     _channel       the bounded way to the worker thread; _commands is what travels on it, _fairness whose turn it is
-    _loop          the worker thread, with _decoding, _kv_ops, _embedding and _reloading: the only callers of an engine
+    _loop          the worker thread; with _decoding, _kv_ops, _embedding, _reloading and _lora_changes it alone
+                   calls an engine
     _service       what that thread works with
     _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
     _ram_tier      what was evicted, kept as bytes
+    _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _reply         token -> text -> events; _streams is where the caller reads them
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
     _constraint/   tools and schemas as a grammar, and the tokens that it allows next
@@ -25,7 +27,7 @@ The house, from the outside in:
 
 from llama_worker._cancel import CancelScope, cancel_scope
 from llama_worker._config import ModelConfig, WorkerConfig
-from llama_worker._engine.base import ModelInfo
+from llama_worker._engine.base import LoraInfo, ModelInfo
 from llama_worker._errors import (
     ConfigError,
     ContextOverflowError,
@@ -37,6 +39,7 @@ from llama_worker._errors import (
     InvalidOutputError,
     InvalidRequestError,
     LlamaWorkerError,
+    LoraLoadError,
     ManifestMismatchError,
     ModelLoadError,
     ModelNotFoundError,
@@ -67,6 +70,7 @@ from llama_worker._events import (
 )
 from llama_worker._handle import WorkerHandle
 from llama_worker._health import Health
+from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._manifest import Manifest, RuntimeIdentity, Segment
 from llama_worker._memory import MemoryPlan, plan_memory
 from llama_worker._metrics import CacheMetrics, Distribution, Metrics
@@ -116,6 +120,9 @@ __all__ = [
     "InvalidToolCall",
     "LlamaWorker",
     "LlamaWorkerError",
+    "LoraInfo",
+    "LoraLoadError",
+    "LoraMetrics",
     "Manifest",
     "ManifestMismatchError",
     "MemoryPlan",

@@ -1,4 +1,4 @@
-"""What travels to the worker thread: Request (a generation or texts to embed), Reload, Shutdown."""
+"""What travels to the worker thread: Request (a generation or texts to embed), Reload, ChangeLora, Shutdown."""
 
 from __future__ import annotations
 
@@ -112,6 +112,18 @@ class Reload:
         self.end(error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChangeLora:
+    """Serve the LoRA adapter in the file `path` under `name` from now on; None: no longer any under this name."""
+
+    name: str
+    path: str | None
+    answer: Future[None] = field(default_factory=Future)
+
+    def fail(self, error: Exception) -> None:
+        settle(self.answer, error=error)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Shutdown:
     """Answer everyone and end."""
@@ -120,4 +132,4 @@ class Shutdown:
         """Nobody waits for a Shutdown itself."""
 
 
-Control: TypeAlias = Reload | Shutdown
+Control: TypeAlias = Reload | ChangeLora | Shutdown

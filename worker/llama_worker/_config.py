@@ -5,15 +5,27 @@ Both are frozen, hashable and validated once, here. Names and defaults follow ll
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llama_worker._errors import ConfigError, FieldError
 
+T = TypeVar("T")
 KVType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "mean", "cls", "last"]
+LoraName: TypeAlias = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Settings(BaseModel):
@@ -87,6 +99,8 @@ class ModelConfig(Settings):
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
+    `lora_paths`: LoRA adapters to load with the model, name -> path of a GGUF file (a mapping or pairs; kept as pairs
+    in the order of names). They change nothing until a request asks for them (`GenerationRequest.loras`).
     `chat_template`: Jinja text that replaces the model's own, or the path of a file with it.
     `fit`: what becomes of a model that does not fit into memory: "refuse" raises, "auto" makes its KV cache
     smaller, down to `n_ctx_min` tokens, then offloads fewer layers; a warning and `worker.config` tell.
@@ -114,9 +128,44 @@ class ModelConfig(Settings):
     rope_freq_base: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     pooling: Pooling = "model"
+    lora_paths: Annotated[tuple[tuple[LoraName, Annotated[str, Field(min_length=1)]], ...], Field(max_length=64)] = ()
     chat_template: str | None = None
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
+
+    @field_validator("lora_paths", mode="before")
+    @classmethod
+    def _lora_pairs(cls, value: Any) -> Any:
+        return () if value is None else named_pairs(value, os.fspath)
+
+    @field_validator("lora_paths")
+    @classmethod
+    def _distinct_loras(cls, value: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        return distinct(value)
+
+
+def named_pairs(value: Any, read: Callable[[Any], Any]) -> Any:
+    """A mapping, or pairs, as a tuple of pairs whose second halves were `read`; anything else as it is."""
+    items = value.items() if isinstance(value, Mapping) else value
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        return value
+    try:
+        return tuple([_read_pair(item, read) for item in items])
+    except TypeError as wrong:
+        raise ValueError(f"give name -> value, as a mapping or as pairs ({wrong})") from None
+
+
+def _read_pair(item: Any, read: Callable[[Any], Any]) -> Any:
+    return (item[0], read(item[1])) if isinstance(item, list | tuple) and len(item) == 2 else item
+
+
+def distinct(pairs: tuple[tuple[str, T], ...]) -> tuple[tuple[str, T], ...]:
+    """`pairs` in the order of their names, each of which is there once."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice; names must be unique")
+    return tuple(sorted(pairs))
 
 
 class WorkerConfig(Settings):

@@ -20,6 +20,7 @@ from llama_worker._generation import Generation
 from llama_worker._guide import Guide
 from llama_worker._kv_ops import apply, rewind, seat, take_checkpoints
 from llama_worker._logprobs import logprob_of
+from llama_worker._loras import names_of
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
 
@@ -126,6 +127,8 @@ def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatu
     started = service.clock()
     service.calls.begin(started)
     try:
+        if engine.use_loras(batch.kv):
+            service.loras.switched(names_of(batch.kv, loaded.view.loras))
         status = engine.decode(batch.spans)
     finally:
         for generation in parts:
@@ -281,7 +284,7 @@ def _finish(loaded: Loaded, generation: Generation, reason: FinishReason) -> Non
         # Known before it is announced: the next turn may be prepared the moment the reply is read.
         ids = generation.sampled.copy()
         text = generation.reply.text if generation.reply.is_text_alone else loaded.view.detokenize(ids.tolist())
-        loaded.view.replies.remember(job.rendered, job.prompt, text, ids)
+        loaded.view.replies.remember(job.rendered, job.prompt, text, ids, job.kv)
     if generation.reply.invalid_tool_calls:
         # Agents go on as if nothing had been called.
         logger.warning(

@@ -16,7 +16,7 @@ import psutil
 from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._health import health_of, without_paths
 from llama_worker._service import Service
-from llama_worker._snapshots import cache_metrics_of, metrics_of
+from llama_worker._snapshots import cache_metrics_of, lora_metrics_of, metrics_of
 from llama_worker._version import __version__
 
 _PACKAGES = (
@@ -46,6 +46,7 @@ def diagnose(service: Service, config: ModelConfig, worker_config: WorkerConfig)
         "epoch": service.epoch,
         "metrics": asdict(metrics_of(service)),
         "cache": asdict(cache_metrics_of(service)),
+        "loras": {name: asdict(counts) for name, counts in lora_metrics_of(service).items()},
     }
 
 
@@ -73,6 +74,8 @@ def _model(values: Mapping[str, Any]) -> dict[str, Any]:
     """Names for paths, which say where somebody works and often who they are; a length for the template."""
     named = {key: _named(value) if key in ("model", "path") else value for key, value in values.items()}
     template = values["chat_template"]
+    if "lora_paths" in values:
+        named["lora_paths"] = [(name, PurePath(path).name) for name, path in values["lora_paths"]]
     return {**named, "chat_template": None if template is None else f"<{len(template)} characters>"}
 
 

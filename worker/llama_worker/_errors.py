@@ -5,7 +5,8 @@ LlamaWorkerError
 ├── EngineVersionError          install a llama-cpp-python that this package knows
 ├── ModelLoadError              the model could not be loaded; says whether another still serves
 │   ├── ModelNotFoundError      there is no such file or package
-│   └── InsufficientMemoryError it would not fit; carries the arithmetic
+│   ├── InsufficientMemoryError it would not fit; carries the arithmetic
+│   └── LoraLoadError           an adapter is damaged, or not one for this model
 ├── RequestError                mend the request; the same request fails again
 │   ├── InvalidRequestError     a field has a value that cannot work
 │   ├── ContextOverflowError    the tokens do not fit into n_ctx
@@ -115,6 +116,15 @@ class InsufficientMemoryError(ModelLoadError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class LoraLoadError(ModelLoadError):
+    """The LoRA adapter in the file `name` could not be loaded, because of `reason`."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"the LoRA adapter {name} cannot be used: {reason}")
+        self.name = name
+        self.reason = reason
 
 
 class RequestError(LlamaWorkerError):

@@ -30,6 +30,7 @@ class Generation:
         "command",
         "guide",
         "is_prefill",
+        "kv",
         "n_prompt",
         "order",
         "passed_over",
@@ -50,6 +51,7 @@ class Generation:
         self.is_prefill = not job.max_tokens
         self.reply = ReplyPipeline(vocabulary.pieces, job.request.params.stop, job.parser, job.check_call)
         self.guide = job.guide
+        self.kv = job.kv
         self.slot: Slot | None = None
         self.sampler: Sampler | None = None
         self.cached: int | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_worker._guide import Guide
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._pins import Pin
 from llama_worker._reply import CallCheck, Parser
 from llama_worker._requests import EmbedRequest, GenerationRequest
@@ -21,10 +22,11 @@ class GenerationJob:
     """A generation, prepared for the model of `epoch`, named `model`: its prompt, and how many tokens may follow.
 
     `rendered` is the prompt's text as the chat template wrote it; None for raw prompts. `boundaries`, in order, are
-    numbers of its first tokens that other prompts are likely to begin with too. `opening` are the
-    tokens that the reply must begin with. `guide` and `parser` are for one reply, and used up by it; None where
-    anything may come, and where it can be nothing but text. `check_call` and `check_text` hold a complete call
-    and a complete text against what could not be enforced; `check_text` returns what is wrong, or None.
+    numbers of its first tokens that other prompts are likely to begin with too. `kv`: the adapters that it is
+    computed with. `opening` are the tokens that the reply must begin with. `guide` and `parser` are for one reply,
+    and used up by it; None where anything may come, and where it can be nothing but text. `check_call` and
+    `check_text` hold a complete call and a complete text against what could not be enforced; `check_text` returns
+    what is wrong, or None.
 
     `max_tokens` 0: the prompt is to be computed, and nothing said. `again` prepares it for another model; None:
     as `request` says. The first `n_pinned` tokens of the prompt are kept rather than others while `pin` holds.
@@ -37,6 +39,7 @@ class GenerationJob:
     max_tokens: int
     rendered: str | None = None
     boundaries: tuple[int, ...] = ()
+    kv: KVIdentity = BASE
     opening: tuple[int, ...] = ()
     guide: Guide | None = None
     parser: Parser | None = None

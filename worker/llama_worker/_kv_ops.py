@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from llama_worker._engine.base import StateError
+from llama_worker._engine.state import kv_mark
 from llama_worker._errors import GenerationError
 from llama_worker._generation import Generation
 from llama_worker._prefix_cache import Clear, KVOp, Restore, Save, Share, Trim
@@ -90,6 +91,8 @@ def _save(loaded: Loaded, op: Save) -> None:
 
 def _restore(loaded: Loaded, op: Restore) -> None:
     try:
+        if kv_mark(op.state) != loaded.scheduler.cache.slots[op.seq].kv.mark:
+            raise StateError("the state was computed with other adapters")
         loaded.engine.seq_restore(op.seq, op.state, op.length, donor=op.donor)
     except (StateError, MemoryError) as exc:
         logger.warning("%d tokens are decoded again: %s", op.length, exc)

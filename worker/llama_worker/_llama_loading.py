@@ -6,7 +6,7 @@ from typing import Literal
 
 from llama_worker import _exit
 from llama_worker._config import ModelConfig
-from llama_worker._engine.base import LoadedModel, Loader
+from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
 from llama_worker._errors import ModelLoadError
 from llama_worker._view import ModelView
 
@@ -38,6 +38,14 @@ def check_reload(config: ModelConfig, serving: ModelView | None, overlap: bool |
         raise
 
 
+def check_loras(config: ModelConfig, info: ModelInfo) -> None:
+    """Read all adapters of `config` and hold them against the model of `info`. Raises LoraLoadError."""
+    from llama_worker._engine.loras import checked_lora
+
+    for _, path in config.lora_paths:
+        checked_lora(path, info)
+
+
 def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"]) -> bool:
     from llama_worker._fitting import plan_of_serving, require_fit
     from llama_worker._memory import plan
@@ -46,6 +54,8 @@ def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Lit
     info = read_info(resolve(config.model))
     if info.is_embedding and serving is not None and not serving.info.is_embedding:
         raise ModelLoadError(f"{info.name} only embeds, and this worker's callers chat; open another worker for it")
+    if config.lora_paths:
+        check_loras(config, info)
     if overlap == "auto":
         overlap = plan(info, config).fits
     former = None if serving is None or overlap else plan_of_serving(serving.info, serving.config)

@@ -15,6 +15,7 @@ from llama_worker._engine.base import LoadedModel, Loader
 from llama_worker._engine.progress import LoadProgress, watched_by
 from llama_worker._errors import ModelLoadError, TemplateError
 from llama_worker._loader_thread import Errand, Launch
+from llama_worker._loras import load_loras
 from llama_worker._parking import Crash, crash_of, news
 from llama_worker._view import ModelView
 
@@ -103,7 +104,8 @@ class Loading:
         except BaseException as exc:  # noqa: BLE001  whatever it is, the worker must hear of it
             return exc if isinstance(exc, Exception) else ModelLoadError(f"loading ended by {type(exc).__name__}")
         try:
-            return model, ModelView.of(model, model.config or self.config, self._epoch)
+            config = model.config or self.config
+            return model, ModelView.of(model, config, self._epoch, load_loras(model.engine, config))
         except Exception as exc:  # noqa: BLE001  a template, or anything that the model brings along
             model.engine.close()
             return ModelLoadError(str(exc)) if isinstance(exc, TemplateError) else exc

@@ -1,7 +1,7 @@
 """The worker thread: run() serves commands until Shutdown; step() is one round of it.
 
 Both are plain functions over a Service, so that tests can drive every step without a thread. Only this
-module and those that it calls (_decoding with _kv_ops, _embedding, _reloading) touch an Engine.
+module and those that it calls (_decoding with _kv_ops, _embedding, _reloading, _lora_changes) touch an Engine.
 
 A fault of one request (its sampler, its text) becomes that request's Failed. An error code of the engine
 fails the requests of that batch. An exception of the engine ends the loop, and everyone is answered with
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import assert_never
 
-from llama_worker._commands import Embed, Generate, Reload, Request, Shutdown, settle
+from llama_worker._commands import ChangeLora, Embed, Generate, Reload, Request, Shutdown, settle
 from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._errors import (
@@ -25,6 +25,8 @@ from llama_worker._errors import (
     copy_of,
 )
 from llama_worker._generation import Generation
+from llama_worker._lora_changes import change_loras
+from llama_worker._loras import are_known
 from llama_worker._reloading import begin_loading, begin_reload, continue_change, let_go, unload
 from llama_worker._service import Loaded, Service, State
 from llama_worker._stall import StallWatch
@@ -52,6 +54,8 @@ def step(service: Service) -> bool:
     if service.channel.has_controls and not _obey(service):
         return False
     _answer_ended(service)
+    if service.lora_changes or (service.loaded is not None and service.loaded.leaving):
+        change_loras(service)
     if service.change is not None and continue_change(service, service.change):
         return True
     _take_requests(service)
@@ -91,6 +95,8 @@ def _obey(service: Service) -> bool:
                 return False
             case Reload():
                 begin_reload(service, control)
+            case ChangeLora():
+                service.lora_changes.append(control)
             case _:
                 assert_never(control)
     return True
@@ -124,7 +130,7 @@ def _place(service: Service, request: Request) -> bool:
             begin_loading(service, service.config)
             return False
         request.fail(copy_of(service.refusal))
-    elif request.job.epoch != loaded.view.epoch:
+    elif _is_stale(request, loaded):
         service.preparing.append(request)
         service.preparer.renew(request, loaded.view, service.channel.nudge)
     elif isinstance(request, Embed) and loaded.embeds.has_room:
@@ -134,6 +140,13 @@ def _place(service: Service, request: Request) -> bool:
     else:
         return False
     return True
+
+
+def _is_stale(request: Request, loaded: Loaded) -> bool:
+    """Whether it was prepared for another model, or for adapters that are not loaded any more."""
+    if request.job.epoch != loaded.view.epoch:
+        return True
+    return isinstance(request, Generate) and not are_known(request.job.kv, loaded.view.loras)
 
 
 def _collect_renewed(service: Service) -> None:
@@ -224,7 +237,7 @@ def dismiss(service: Service, error: LlamaWorkerError, state: State) -> None:
     service.refusal = error
     service.publish(error)  # before the channel wakes those who wait for room: they ask why
     requests, controls = service.channel.close()
-    for waiting in [*requests, *controls, *service.preparing, *service.renewed]:
+    for waiting in [*requests, *controls, *service.preparing, *service.renewed, *service.lora_changes]:
         waiting.fail(copy_of(error))
     if service.change is not None:
         service.change.answer(copy_of(error))

@@ -87,6 +87,11 @@ def read_model(path: Path) -> ModelFile:
         raise ModelLoadError(f"{path.name} cannot be read: {failed.strerror or failed}") from failed
 
 
+def model_files(path: Path) -> tuple[Path, ...]:
+    """All files of the model whose first one is `path`. Raises what `read_model` does."""
+    return _shards(path, read_model(path).header)
+
+
 def _existing_file(path: Path) -> Path:
     if path.is_file():
         return path

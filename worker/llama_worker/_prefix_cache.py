@@ -12,6 +12,9 @@ before them, where what was saved in RAM holds clearly more: see `_ram_tier`):
 A model that cannot cut a tail off goes back to a checkpoint instead of the exact place (see `_checkpoints`);
 over a copy of the cells, such a checkpoint makes a sequence of its own as well.
 
+All of this is among sequences of one KVIdentity only: cells that were computed with other adapters are as good
+as none.
+
 Cells, not tokens, are what the cache is short of: a shared prefix occupies its cells once. `Cells` keeps
 the count that llama.cpp does not report.
 
@@ -38,6 +41,7 @@ from llama_worker._checkpoints import (
     within,
 )
 from llama_worker._engine.base import SavedState
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._pins import Pin
 from llama_worker._ram_tier import WORTH_SAVING, Entry, RamTier
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
@@ -98,6 +102,7 @@ class Save:
     seq: int
     tokens: TokenIds
     checkpoints: tuple[Checkpoint, ...]
+    kv: KVIdentity
 
 
 KVOp: TypeAlias = Clear | Trim | Share | Restore | Save
@@ -148,10 +153,11 @@ class Slot:
 
     `checkpoints`, in order, are places in these tokens that the sequence can go back to. It cannot be trimmed to
     less than `firm` tokens: of what was restored, a window may be there only as far as it was needed.
-    `session` used it last; `pins` say how many of its first tokens whose sessions want to be kept.
+    `kv`: what its tokens were computed with; of no meaning while it is empty. `session` used it last; `pins` say how
+    many of its first tokens whose sessions want to be kept.
     """
 
-    __slots__ = ("busy", "cells", "checkpoints", "firm", "last_used", "pins", "seq", "session", "tokens")
+    __slots__ = ("busy", "cells", "checkpoints", "firm", "kv", "last_used", "pins", "seq", "session", "tokens")
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
@@ -159,6 +165,7 @@ class Slot:
         self.cells: list[int] = []
         self.checkpoints: list[Checkpoint] = []
         self.firm = 0
+        self.kv = BASE
         self.busy = False
         self.last_used = 0
         self.session: str | None = None
@@ -245,8 +252,10 @@ class PrefixCache:
                 held[slot.cells] -= 1
         return int(np.count_nonzero(held == 0)) - self.cells.free
 
-    def match(self, prompt: TokenIds, session: str | None = None) -> tuple[Slot | None, int]:
-        """The slot that holds the longest usable prefix of `prompt`, and that prefix's length.
+    def match(
+        self, prompt: TokenIds, session: str | None = None, *, kv: KVIdentity = BASE
+    ) -> tuple[Slot | None, int]:
+        """The slot that holds the longest usable prefix of `prompt`, computed with `kv`, and that prefix's length.
 
         Of equal ones an idle one, and of these the one that `session` used last. At least one token of a prompt is
         always decoded, so the length is at most len(prompt) - 1.
@@ -254,19 +263,23 @@ class PrefixCache:
         best: Slot | None = None
         highest = 0, False, False
         for slot in self.slots:
+            if slot.kv != kv:
+                continue
             length = self._usable(slot, prompt)
             rank = length, not slot.busy, session is not None and slot.session == session
             if length and rank > highest:
                 best, highest = slot, rank
         return best, highest[0]
 
-    def lend(self, prompt: TokenIds, session: str | None = None, *, goes_on: bool = False) -> Loan:
-        """An idle slot for `prompt`, now busy. The caller has seen `has_idle`. Modifies the books.
+    def lend(
+        self, prompt: TokenIds, session: str | None = None, *, goes_on: bool = False, kv: KVIdentity = BASE
+    ) -> Loan:
+        """An idle slot for `prompt` and `kv`, now busy. The caller has seen `has_idle`. Modifies the books.
 
         `goes_on`: it is the beginning of prompts to come, so no logits are wanted and all of it may be there already.
         """
-        loan = self._loan(_going_on(prompt) if goes_on else prompt, session)
-        loan.slot.session = session
+        loan = self._loan(_going_on(prompt) if goes_on else prompt, session, kv)
+        loan.slot.session, loan.slot.kv = session, kv
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
         return loan
 
@@ -347,7 +360,7 @@ class PrefixCache:
 
     def keep_saved(self, op: Save, state: SavedState) -> None:
         """`op` was carried out: `state` is what it asked for."""
-        self.tier.put(op.tokens, state, op.checkpoints, self._tick)
+        self.tier.put(op.tokens, state, op.checkpoints, self._tick, op.kv)
 
     def rewind(self, slot: Slot) -> KVOp:
         """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""
@@ -384,7 +397,9 @@ class PrefixCache:
         self._check_checkpoints()
         self.tier.check()
         counted = np.zeros(self.cells.n, np.int32)
+        kinds: dict[int, KVIdentity] = {}
         for slot in self.slots:
+            assert all(kinds.setdefault(cell, slot.kv) == slot.kv for cell in slot.cells), f"{slot}: others' cells"
             assert slot.n == len(slot.cells), f"{slot}: {len(slot.cells)} cells"
             assert 0 <= slot.firm <= slot.n, f"{slot}: firm to {slot.firm}"
             assert len(set(slot.cells)) == len(slot.cells), f"{slot} holds a cell twice"
@@ -457,9 +472,9 @@ class PrefixCache:
                 self.checkpoints.let_go([checkpoint])
         self.checkpoints.dropped()
 
-    def _loan(self, prompt: TokenIds, session: str | None) -> Loan:
-        donor, length = self.match(prompt, session)
-        entry, saved = self.tier.find(prompt)
+    def _loan(self, prompt: TokenIds, session: str | None, kv: KVIdentity) -> Loan:
+        donor, length = self.match(prompt, session, kv=kv)
+        entry, saved = self.tier.find(prompt, kv)
         if entry is not None and saved - length >= WORTH_SAVING:
             loan = self._recall(entry, saved)
             if loan is not None:
@@ -508,11 +523,12 @@ class PrefixCache:
     def _saving(self, slot: Slot, n_lost: int) -> tuple[KVOp, ...]:
         """Keep what `slot` holds before `n_lost` of its tokens go, where that is worth it and nobody else has them."""
         tokens = slot.tokens.view
-        if n_lost < WORTH_SAVING or not self.tier.wants(tokens):
+        if n_lost < WORTH_SAVING or not self.tier.wants(tokens, slot.kv):
             return ()
-        if any(common_prefix(other.tokens.view, tokens) == slot.n for other in self.slots if other is not slot):
+        others = [other for other in self.slots if other is not slot and other.kv == slot.kv]
+        if any(common_prefix(other.tokens.view, tokens) == slot.n for other in others):
             return ()
-        return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints)),)
+        return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints), slot.kv),)
 
     def _share(self, donor: Slot, target: Slot, length: int) -> Loan:
         ops = self.take_away(target) if target.n else ()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from llama_worker._checkpoints import Checkpoint, Checkpoints, within
 from llama_worker._engine.base import SavedState
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._tokens import TokenIds, common_prefix
 
 WORTH_SAVING = 128
@@ -24,16 +25,19 @@ MOST = 256
 
 
 class Entry:
-    """A sequence of `tokens`, whole; `checkpoints`, in order, are places in it."""
+    """A sequence of `tokens`, whole, computed with `kv`; `checkpoints`, in order, are places in it."""
 
-    __slots__ = ("checkpoints", "last_used", "n_bytes", "state", "tokens")
+    __slots__ = ("checkpoints", "kv", "last_used", "n_bytes", "state", "tokens")
 
-    def __init__(self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int) -> None:
+    def __init__(
+        self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int, kv: KVIdentity
+    ) -> None:
         self.tokens = tokens
         self.state = state
         self.checkpoints = checkpoints
         self.n_bytes = state.nbytes + tokens.nbytes + sum(checkpoint.state.nbytes for checkpoint in checkpoints)
         self.last_used = now
+        self.kv = kv
 
     @property
     def n(self) -> int:
@@ -72,18 +76,27 @@ class RamTier:
         """Bytes that all entries together may be now."""
         return max(0, self._budget - self._checkpoints.n_bytes)
 
-    def wants(self, tokens: TokenIds) -> bool:
+    def wants(self, tokens: TokenIds, kv: KVIdentity = BASE) -> bool:
         """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
         budget = self.budget
         if not budget or len(tokens) < WORTH_SAVING or len(tokens) * self._bytes_of_token > budget:
             return False
-        return not any(common_prefix(entry.tokens, tokens) == len(tokens) for entry in self.entries)
+        same = [entry for entry in self.entries if entry.kv == kv]
+        return not any(common_prefix(entry.tokens, tokens) == len(tokens) for entry in same)
 
-    def put(self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int) -> None:
+    def put(
+        self,
+        tokens: TokenIds,
+        state: SavedState,
+        checkpoints: tuple[Checkpoint, ...],
+        now: int,
+        kv: KVIdentity = BASE,
+    ) -> None:
         """Keep a sequence. What is a beginning of it is here no longer; the oldest make room."""
-        entry = Entry(tokens, state, checkpoints, now)
+        entry = Entry(tokens, state, checkpoints, now, kv)
         self._bytes_of_token = state.nbytes / len(tokens)
-        self._keep([old for old in self.entries if common_prefix(old.tokens, tokens) < old.n] + [entry])
+        kept = [old for old in self.entries if old.kv != kv or common_prefix(old.tokens, tokens) < old.n]
+        self._keep([*kept, entry])
         self.counts = replace(self.counts, saved=self.counts.saved + 1)
         self.fit()
 
@@ -94,10 +107,10 @@ class RamTier:
             self._keep([entry for entry in self.entries if entry is not oldest])
             self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
 
-    def find(self, prompt: TokenIds) -> tuple[Entry | None, int]:
-        """The entry that leads to the longest beginning of `prompt`, and its length; at most len(prompt) - 1."""
+    def find(self, prompt: TokenIds, kv: KVIdentity = BASE) -> tuple[Entry | None, int]:
+        """The entry of `kv` that leads to the longest beginning of `prompt`, and its length: at most all but one."""
         best, longest = None, 0
-        for entry in self.entries:
+        for entry in [entry for entry in self.entries if entry.kv == kv]:
             length = self._usable(entry, min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
             if length > longest:
                 best, longest = entry, length

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from llama_worker._config import Settings
+from llama_worker._config import LoraName, Settings, distinct, named_pairs
 from llama_worker._errors import FieldError, InvalidRequestError
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -17,6 +17,7 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Timeout = Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)]
 _Session = Annotated[str | None, Field(min_length=1, max_length=256)]
 _Priority = Annotated[int, Field(ge=-3, le=3)]
+_Scale = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class ToolCall(Settings):
@@ -264,6 +265,9 @@ class GenerationRequest(Settings):
     `template_variables` (further names for the template) need `messages`. `response_format` holds for the text of
     the reply; together with tools the reply is either calls or such a text.
 
+    `loras`: the LoRA adapters to generate with, by the names that they were loaded under, each with its scale: a
+    mapping, or names alone for the scale 1. Without it, none: the model itself.
+
     `timeout` is in seconds and includes the time in the queue. `session` names whom it is for: sessions that
     wait take turns. Without one it belongs to the thread that submits it, which for all tasks of an event loop
     is the loop's. `priority` (-3 to 3) goes before lower ones, which get every seventeenth turn at least.
@@ -281,6 +285,7 @@ class GenerationRequest(Settings):
     enable_thinking: bool | None = None
     reasoning_budget: Annotated[int | None, Field(ge=0, le=2**24)] = None
     template_variables: dict[str, Any] = Field(default_factory=dict)
+    loras: Annotated[tuple[tuple[LoraName, _Scale], ...], Field(max_length=64)] = ()
     timeout: _Timeout = None
     session: _Session = None
     priority: _Priority = 0
@@ -289,6 +294,21 @@ class GenerationRequest(Settings):
     @classmethod
     def _many(cls, value: Any) -> Any:
         return () if value is None else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _scaled(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple | set | frozenset):
+            names = [(name, 1.0) if isinstance(name, str) else name for name in names]
+        return named_pairs(names, _number)
+
+    @field_validator("loras")
+    @classmethod
+    def _distinct(cls, value: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        return distinct(value)
 
     @field_validator("tool_choice", mode="before")
     @classmethod
@@ -310,6 +330,10 @@ class GenerationRequest(Settings):
         if self.tool_choice == "required" and not names:
             raise InvalidRequestError("tool_choice", "required", "there is no tool to call; give tools")
         return self
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class EmbedRequest(Settings):

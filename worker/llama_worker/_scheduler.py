@@ -9,6 +9,9 @@ that gives the shortest mean time to the first token; one that was passed over o
 
 A waiting prompt that shares a prefix with one being prefilled right now waits for it: four agents with
 one system prompt compute it once, also when they start at the same moment.
+
+All rows of a batch are computed with the same adapters: where generations differ in them they take turns (see
+`_turns`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from itertools import count
 from llama_worker._commands import Generate
 from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._generation import Generation
+from llama_worker._identity import KVIdentity
 from llama_worker._pace import Pace
 from llama_worker._prefix_cache import KVOp, Loan, PrefixCache, Slot
+from llama_worker._turns import Turns
 
 PATIENCE = 8
 """So many steps may pass a prompt over before it goes first."""
@@ -40,6 +45,11 @@ class Batch:
     spans: tuple[Span, ...]
     parts: tuple[Generation, ...]
     n_rows: int
+
+    @property
+    def kv(self) -> KVIdentity:
+        """The adapters that all of it is computed with."""
+        return self.parts[0].kv
 
 
 class Scheduler:
@@ -60,6 +70,7 @@ class Scheduler:
         )
         self._limits = limits
         self.pace = pace
+        self.turns = Turns(pace)
         self._order = count()
 
     def __repr__(self) -> str:
@@ -144,12 +155,12 @@ class Scheduler:
         room = min(most_rows or self._limits.n_batch, self._limits.n_batch, self.cache.cells.free)
         decoding: list[Generation] = []
         prefilling: list[Generation] = []
-        for generation in self.running:
+        for generation in self.turns.members(self.running):
             (decoding if generation.is_decoding else prefilling).append(generation)
         parts = [(generation, 1) for generation in decoding[:room]]
         if prefilling:
             room -= len(parts)
-            somebody_speaks = decoding or any(g.tokens.n > g.n_prompt for g in prefilling)
+            somebody_speaks = any(g.tokens.n > g.n_prompt for g in self.running)
             parts += _chunks(prefilling, min(room, self.pace.rows() if somebody_speaks else self._limits.n_ubatch))
         if not parts:
             return None
@@ -167,8 +178,9 @@ class Scheduler:
                 outputs.append((row - 1, generation))
         if len(batch.parts) < len(self.running):
             served = set(map(id, batch.parts))
-            for generation in self.running:
+            for generation in [g for g in self.running if g.kv == batch.kv]:
                 generation.passed_over = 0 if id(generation) in served else generation.passed_over + 1
+            self.turns.served(batch.kv, self.running)
         return outputs
 
     def retire(self, generation: Generation) -> None:
@@ -220,12 +232,14 @@ class Scheduler:
     def observe(self, n_rows: int, milliseconds: float) -> None:
         """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
         self.pace.observe(n_rows, milliseconds)
+        self.turns.spent(milliseconds)
 
     def _lend(self, generation: Generation) -> Loan:
         job = generation.command.job
         if job.pin is not None:
             self.cache.unpin(job.pin)  # it must not be in the way of its own session
-        return self.cache.lend(generation.tokens.view, job.request.session, goes_on=generation.is_prefill)
+        tokens, session = generation.tokens.view, job.request.session
+        return self.cache.lend(tokens, session, goes_on=generation.is_prefill, kv=generation.kv)
 
     def _pin(self, generation: Generation, slot: Slot) -> None:
         job = generation.command.job
@@ -238,10 +252,10 @@ class Scheduler:
         if not (self._limits.can_share or by_checkpoint) or not self.running:
             return False
         prompt = generation.tokens.view
-        _, now = self.cache.match(prompt)
+        _, now = self.cache.match(prompt, kv=generation.kv)
         for other in self.running:
             will = other.will_checkpoint(prompt) if by_checkpoint else other.will_share(prompt)
-            if will - now >= WORTH_WAITING and not other.is_decoding:
+            if will - now >= WORTH_WAITING and not other.is_decoding and other.kv == generation.kv:
                 return True
         return False
 
@@ -249,7 +263,7 @@ class Scheduler:
         """Whether the cells suffice for a newcomer beside what the running prompts still need."""
         if not self.running:
             return True
-        _, reused = self.cache.match(generation.tokens.view)
+        _, reused = self.cache.match(generation.tokens.view, kv=generation.kv)
         needed = generation.tokens.n - reused + RESERVE + sum(g.n_left for g in self.running)
         return needed <= self.cache.cells.free or needed <= self.cache.cells.free + self.cache.evictable
 

@@ -2,8 +2,8 @@
 
 At every instant an accepted request is reachable from exactly one container: the channel, `preparing`
 (stale, with the preparer), `renewed` (back from it), the scheduler's waiting or running generations, or
-the embedding queue. A request enters the next before it leaves the last; so whatever is raised at
-whichever point, the end of the loop finds it.
+the embedding queue; what is to become of adapters, from `lora_changes`. A request enters the next before it leaves
+the last; so whatever is raised at whichever point, the end of the loop finds it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_worker._channel import CommandChannel
-from llama_worker._commands import Reload, Request
+from llama_worker._commands import ChangeLora, Reload, Request
 from llama_worker._config import ModelConfig
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.base import Engine, Loader
@@ -23,6 +23,7 @@ from llama_worker._engine_calls import EngineCalls
 from llama_worker._generation import Generation
 from llama_worker._loader_thread import Launch, LoaderThread
 from llama_worker._loading import Loading
+from llama_worker._lora_metrics import LoraMeter
 from llama_worker._meter import Meter
 from llama_worker._preparer import Preparer
 from llama_worker._scheduler import Scheduler
@@ -34,12 +35,16 @@ State = Literal["loading", "ready", "draining", "unloaded", "closed", "dead"]
 
 @dataclass(slots=True, eq=False)
 class Loaded:
-    """A model that is being served: its engine, what callers see of it, and who is served."""
+    """A model that is being served: its engine, what callers see of it, and who is served.
+
+    `leaving` are the digests of adapters that have no name any more, until nobody runs with them.
+    """
 
     engine: Engine
     view: ModelView
     scheduler: Scheduler
     embeds: EmbedQueue
+    leaving: set[str] = field(default_factory=set)
 
     @property
     def is_idle(self) -> bool:
@@ -100,6 +105,7 @@ class Service:
     stalls: StallWatch | None = None
     preparing: list[Request] = field(default_factory=list)
     renewed: list[Request] = field(default_factory=list)
+    lora_changes: list[ChangeLora] = field(default_factory=list)
     epoch: int = 0
     n_steps: int = 0
     n_aborts: int = 0
@@ -108,6 +114,7 @@ class Service:
     launch: Launch = field(default_factory=LoaderThread)
     calls: EngineCalls = field(default_factory=EngineCalls)
     meter: Meter = field(default_factory=Meter)
+    loras: LoraMeter = field(default_factory=LoraMeter)
 
     @property
     def parked(self) -> bool:

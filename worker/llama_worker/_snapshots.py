@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._metrics import Answered, CacheMetrics, Metrics, Work
 from llama_worker._service import Service
 
@@ -63,6 +64,11 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         restored_tokens=checkpoints.counts.restored_tokens + tier.counts.restored_tokens,
         state_failures=checkpoints.counts.failed,
     )
+
+
+def lora_metrics_of(service: Service) -> dict[str, LoraMetrics]:
+    loaded = service.loaded
+    return service.loras.snapshot({} if loaded is None else loaded.view.loras)
 
 
 def _fields_of(value: object, kind: type[Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.segments import ControlTextGuard
 from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._config import ModelConfig
-from llama_worker._engine.base import EngineLimits, LoadedModel, ModelInfo, Vocabulary
+from llama_worker._engine.base import EngineLimits, LoadedModel, LoraInfo, ModelInfo, Vocabulary
 from llama_worker._errors import (
     ConfigError,
     ContextOverflowError,
@@ -33,7 +33,9 @@ from llama_worker._errors import (
     UnsupportedFeatureError,
 )
 from llama_worker._guarding import guarded_message, guarded_tool, guarded_variables
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._jobs import EmbedJob, GenerationJob
+from llama_worker._loras import chosen
 from llama_worker._planning import PLAIN, LazyCompiler, check_request, plan_reply
 from llama_worker._replies import KnownReplies, covering
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message, ToolSpec
@@ -78,9 +80,12 @@ class ModelView:
     n_ctx: int
     replies: KnownReplies
     compiler: LazyCompiler
+    loras: Mapping[str, LoraInfo]
 
     @classmethod
-    def of(cls, loaded: LoadedModel, config: ModelConfig, epoch: int) -> ModelView:
+    def of(
+        cls, loaded: LoadedModel, config: ModelConfig, epoch: int, loras: Mapping[str, LoraInfo] | None = None
+    ) -> ModelView:
         vocabulary, limits, info = loaded.vocabulary, loaded.engine.limits, loaded.info
         source = template_source(config.chat_template) or info.chat_template
         if source is None and limits.generates:
@@ -98,7 +103,12 @@ class ModelView:
             n_ctx=min(wanted, limits.n_ctx) if limits.generates else limits.n_embed_text,
             replies=KnownReplies(guard.protect),
             compiler=LazyCompiler(vocabulary),
+            loras=loras or {},
         )
+
+    def with_loras(self, loras: Mapping[str, LoraInfo], config: ModelConfig) -> ModelView:
+        """The same model with these adapters, as `config` says; what was prepared for this view is good for that."""
+        return replace(self, loras=loras, config=config)
 
     def tokenize(self, text: str) -> TokenIds:
         """The ids of plain text: no BOS, and what looks like a control token stays text."""
@@ -169,8 +179,9 @@ class ModelView:
             raise UnsupportedFeatureError("generation", f"{self.info.name} is an embedding model; open a chat model")
         format = PLAIN if request.messages is None else self.format
         check_request(request, format)
+        kv = chosen(request, self.loras, self.limits)
         rendered = None if request.messages is None else self._rendered_for(request, request.messages, today=today)
-        prompt = self.prompt_tokens(request.prompt or "") if rendered is None else self.tokens_of(rendered)
+        prompt = self.prompt_tokens(request.prompt or "") if rendered is None else self.tokens_of(rendered, kv)
         prompt = prompt if tokens is None else tokens
         if not len(prompt):
             raise InvalidRequestError("prompt", "", "it has no tokens, and this model has no BOS to begin with")
@@ -184,6 +195,7 @@ class ModelView:
             max_tokens=0,
             rendered=rendered,
             boundaries=boundaries,
+            kv=kv,
         )
         if not says:
             return job
@@ -288,9 +300,9 @@ class ModelView:
             after = int(ids[-1]) if len(ids) else after
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def tokens_of(self, rendered: str) -> TokenIds:
-        """The ids of what `rendered` returned; replies of this model that it holds keep theirs."""
-        turn = self.replies.find(rendered)
+    def tokens_of(self, rendered: str, kv: KVIdentity = BASE) -> TokenIds:
+        """The ids of what `rendered` returned; replies that this model, with `kv`, gave keep theirs."""
+        turn = self.replies.find(rendered, kv)
         if turn is None:
             return self._segment_tokens(rendered)
         # As it stands in the prompt: the template may have trimmed it, the guard put marks into it.

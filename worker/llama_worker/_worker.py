@@ -19,18 +19,20 @@ from llama_worker import _exit, _watchdog
 from llama_worker._admission import Admission
 from llama_worker._batch import Batch
 from llama_worker._channel import CommandChannel
-from llama_worker._commands import Reload
+from llama_worker._commands import ChangeLora, Reload
 from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._desk import Desk
 from llama_worker._diagnostics import diagnose
-from llama_worker._engine.base import Loader, ModelInfo
+from llama_worker._engine.base import Loader, LoraInfo, ModelInfo
 from llama_worker._errors import InvalidRequestError
 from llama_worker._events import Reply
 from llama_worker._exporter import Exporter, state_of
 from llama_worker._health import Health, health_of
-from llama_worker._llama_loading import check_reload, contained, load_llama
+from llama_worker._llama_loading import check_loras, check_reload, contained, load_llama
 from llama_worker._loader_thread import LoaderThread
 from llama_worker._loop import run
+from llama_worker._lora_changes import with_paths
+from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._metrics import CacheMetrics, Metrics
 from llama_worker._parking import guarded
 from llama_worker._preparer import Preparer
@@ -46,12 +48,12 @@ from llama_worker._prompts import (
 from llama_worker._published import Published
 from llama_worker._reconfiguring import apply as apply_live
 from llama_worker._reconfiguring import changed as reconfigured
-from llama_worker._record import Record
+from llama_worker._record import Listener, Record
 from llama_worker._requests import EmbedRequest, GenerationRequest
 from llama_worker._service import Service
 from llama_worker._session import Session
 from llama_worker._session_report import PrefixStatus
-from llama_worker._snapshots import cache_metrics_of, metrics_of
+from llama_worker._snapshots import cache_metrics_of, lora_metrics_of, metrics_of
 from llama_worker._stall import StallWatch
 from llama_worker._state import WorkerState, waiting_requests
 from llama_worker._status import Status, status_of
@@ -216,6 +218,15 @@ class LlamaWorker:
     def cache_metrics(self) -> CacheMetrics:
         """How full the KV cache of the loaded model is, and how well it is reused. Never waits."""
         return cache_metrics_of(self._service)
+
+    @property
+    def loras(self) -> Mapping[str, LoraInfo]:
+        """The LoRA adapters that requests may name now. Waits for loading."""
+        return self._view().loras
+
+    def lora_metrics(self) -> dict[str, LoraMetrics]:
+        """What each LoRA adapter was used for since the worker started, by name. Never waits."""
+        return lora_metrics_of(self._service)
 
     def health(self) -> Health:
         """Whether it serves, and if not as it should, why. Never waits."""
@@ -477,6 +488,50 @@ class LlamaWorker:
         command = await asyncio.shield(asyncio.wrap_future(begun))
         await asyncio.shield(asyncio.wrap_future(command.answer))
 
+    def add_lora(self, name: str, path: str | Path) -> None:
+        """Offer the LoRA adapter in a GGUF file under `name`, beside those there are. Blocks until it is read.
+
+        Requests that run meanwhile wait as long as that takes. A name that is taken means the new file from now
+        on; requests that have begun finish with the old one. `config.lora_paths` has it too, so a reload that
+        changes other fields keeps it.
+
+        Raises LoraLoadError, ConfigError, InsufficientMemoryError; then nothing has changed.
+        """
+        self._change_lora(name, path).answer.result()
+
+    async def aadd_lora(self, name: str, path: str | Path) -> None:
+        """The async twin of `add_lora`."""
+        await self._achange_lora(name, path)
+
+    def remove_lora(self, name: str) -> None:
+        """Offer the LoRA adapter `name` no longer. Requests that have begun with it finish, and then its memory is
+        given back; those that still wait in the queue fail with InvalidRequestError, as new ones do.
+
+        Raises InvalidRequestError for a name that is not loaded.
+        """
+        self._change_lora(name, None).answer.result()
+
+    async def aremove_lora(self, name: str) -> None:
+        """The async twin of `remove_lora`."""
+        await self._achange_lora(name, None)
+
+    def _change_lora(self, name: str, path: str | Path | None) -> ChangeLora:
+        view = self._view()
+        if path is not None:
+            config = with_paths(view.config, {name: os.fspath(path)})
+            if self._loads_llama and view.limits.n_loras:
+                check_loras(config, view.info)  # what can be seen here costs no running request any time
+        command = ChangeLora(name=name, path=None if path is None else os.fspath(path))
+        if not self._channel.command(command):
+            raise self._published.why_closed()
+        return command
+
+    async def _achange_lora(self, name: str, path: str | Path | None) -> None:
+        self._desk.check_process()
+        begun = self._preparer.submit(lambda: self._change_lora(name, path))
+        change = await asyncio.shield(asyncio.wrap_future(begun))
+        await asyncio.shield(asyncio.wrap_future(change.answer))
+
     def reconfigure(self, **changes: Any) -> None:
         """Change `queue_size`, `on_full`, `step_budget_ms` or `keep_alive` of the running worker. Never waits.
 
@@ -597,7 +652,10 @@ def _name(service: Service, published: Published) -> str:
 def _observed(
     service: Service, published: Published, request: GenerationRequest | EmbedRequest
 ) -> AbstractContextManager[Record]:
-    return observed(request, _name(service, published), service.meter.answered)
+    listeners: list[Listener] = [service.meter.answered]
+    if isinstance(request, GenerationRequest) and request.loras:
+        listeners.append(lambda answer, _: service.loras.answered(request, answer))
+    return observed(request, _name(service, published), *listeners)
 
 
 def _model_config(config: ModelConfig | str) -> ModelConfig:

@@ -30,6 +30,7 @@ from llama_worker._engine.base import (
     Floats,
     LoadedModel,
     Loader,
+    LoraInfo,
     Mask,
     ModelInfo,
     Sampler,
@@ -39,8 +40,9 @@ from llama_worker._engine.base import (
     TokenIds,
 )
 from llama_worker._engine.state import Unsealed, fingerprint, opened
-from llama_worker._errors import GenerationError, InvalidRequestError
+from llama_worker._errors import GenerationError, InvalidRequestError, LoraLoadError, UnsupportedFeatureError
 from llama_worker._events import assert_well_formed
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._requests import SamplingParams
 from llama_worker._worker import LlamaWorker
 
@@ -67,6 +69,9 @@ Call: TypeAlias = Literal[
     "seq_share",
     "seq_save",
     "seq_restore",
+    "load_lora",
+    "free_lora",
+    "use_loras",
     "embed",
     "close",
 ]
@@ -211,7 +216,8 @@ class FakeEngine:
 
     `replies` are dealt out to new samplers in turn; without any, text follows from the tokens.
     `hidden_cells` of the KV cache cannot be used, although `limits` says otherwise. With `needs_checkpoints`
-    the next token depends on a state beside the cells, which only a partial state brings back.
+    the next token depends on a state beside the cells, which only a partial state brings back. Any path that begins
+    with fake:// is a LoRA adapter; the next token depends on those in use, and on their scales.
     """
 
     limits: EngineLimits
@@ -232,6 +238,9 @@ class FakeEngine:
         self._seqs: list[list[_Row]] = [[] for _ in range(self.limits.n_seq)]
         self._states: list[list[int]] = [[] for _ in range(self.limits.n_seq)]
         self._firm = [0] * self.limits.n_seq
+        self.loras: dict[str, LoraInfo] = {}
+        self.kv = BASE
+        self._marks = [BASE.mark] * self.limits.n_seq
         self._mark = fingerprint("fake", self.limits.n_vocab, self.limits.needs_checkpoints)
         self._new_cell = itertools.count()
         self._outputs: dict[int, bytes] = {}
@@ -332,6 +341,7 @@ class FakeEngine:
         self._seqs[target] = self._seqs[source][:length]
         self._states[target] = self._states[source][:length]
         self._firm[target] = self._firm[source]
+        self._marks[target] = self._marks[source]
 
     def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:
         """See Engine.seq_save."""
@@ -342,7 +352,7 @@ class FakeEngine:
         data = np.array([*cells, *self._states[seq]], np.int32).view(np.uint8)
         room = Unsealed(len(data))
         room.payload[:] = data
-        return room.sealed(self._mark, length=len(self._seqs[seq]), partial=partial)
+        return room.sealed(self._mark, length=len(self._seqs[seq]), partial=partial, kv=self._marks[seq])
 
     def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
         """See Engine.seq_restore."""
@@ -354,6 +364,35 @@ class FakeEngine:
         except StateError:
             self._forget(seq)
             raise
+
+    def load_lora(self, path: str) -> LoraInfo:
+        """See Engine.load_lora."""
+        self._called("load_lora")
+        if not self.limits.n_loras:
+            raise UnsupportedFeatureError("generation", "this is an embedding model")
+        if not path.startswith("fake://"):
+            raise LoraLoadError(path, "there is no such file")
+        digest = blake2b(path.encode(), digest_size=16).hexdigest()
+        info = LoraInfo(path=path, digest=digest, size=1000, rank=8, alpha=16.0)
+        self.loras[digest] = info
+        return info
+
+    def free_lora(self, digest: str) -> None:
+        """See Engine.free_lora."""
+        self._called("free_lora")
+        self.loras.pop(digest, None)
+        if digest in dict(self.kv.loras):
+            self.kv = BASE
+
+    def use_loras(self, kv: KVIdentity) -> bool:
+        """See Engine.use_loras."""
+        if kv == self.kv:
+            return False
+        self._called("use_loras")
+        if len(kv.loras) > self.limits.n_loras or not {digest for digest, _ in kv.loras} <= set(self.loras):
+            raise ValueError(f"{kv} cannot be used")
+        self.kv = kv
+        return True
 
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """See Engine.embed."""
@@ -422,11 +461,15 @@ class FakeEngine:
         if saved.partial:
             if len(self._seqs[holder]) < length:
                 raise StateError(f"a state of {length} tokens lacks their other cells")
+            if saved.kv != self._marks[holder]:
+                raise StateError(f"a state of {length} tokens belongs to cells of other adapters")
+            self._marks[seq] = saved.kv
             self._seqs[seq], self._states[seq] = self._seqs[holder][:length], tokens
             return
         self._forget(seq)
         if self.cells_used + length > self.limits.n_ctx - self.hidden_cells:
             raise StateError(f"there are no {length} free cells")
+        self._marks[seq] = saved.kv
         self._seqs[seq] = [_Row(token, next(self._new_cell)) for token in tokens[:length]]
         self._states[seq] = tokens[length:]
         self._firm[seq] = 0 if self.limits.can_trim_restored else length
@@ -443,18 +486,22 @@ class FakeEngine:
                 raise ValueError(f"position {span.start} does not continue sequence {span.seq}")
             if span.tokens.min() < 0 or span.tokens.max() >= self.limits.n_vocab:
                 raise ValueError("a token id is out of range")
+            if span.start and self._marks[span.seq] != self.kv.mark:
+                raise ValueError(f"sequence {span.seq} was computed with other adapters")
 
     def _compute(self, spans: Sequence[Span]) -> None:
         row = 0
         for span in spans:
             held = self._seqs[span.seq]
+            self._marks[span.seq] = self.kv.mark
             held.extend(_Row(int(token), next(self._new_cell)) for token in span.tokens)
             self._states[span.seq].extend(span.tokens.tolist())
             row += len(span.tokens)
             self.n_rows += len(span.tokens)
             if span.output:
                 tokens, state = [r.token for r in held], self._states[span.seq]
-                self._outputs[row - 1] = np.array(tokens if state == tokens else tokens + state, np.int32).tobytes()
+                seen = np.array(tokens if state == tokens else tokens + state, np.int32).tobytes()
+                self._outputs[row - 1] = seen + self.kv.mark if self.kv.loras else seen
 
     def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
         """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
@@ -496,6 +543,7 @@ def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = 
         can_save=not embedding,
         can_trim_restored=not hybrid,
         needs_checkpoints=hybrid,
+        n_loras=0 if embedding else 8,
     )
 
 

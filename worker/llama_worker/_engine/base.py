@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from llama_worker._config import ModelConfig
 from llama_worker._errors import GenerationError
+from llama_worker._identity import KVIdentity
 from llama_worker._requests import SamplingParams
 
 TokenIds: TypeAlias = NDArray[np.int32]
@@ -54,6 +55,20 @@ class ModelInfo:
     n_swa: int
     is_embedding: bool
     digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraInfo:
+    """What the GGUF file of a LoRA adapter says. `digest` identifies its whole content; `size` is in bytes.
+
+    `alpha` scales it together with `rank`, the largest that a matrix of it has; 0 means that the scale counts alone.
+    """
+
+    path: str
+    digest: str
+    size: int
+    rank: int
+    alpha: float
 
 
 class DecodeStatus(enum.IntEnum):
@@ -93,6 +108,8 @@ class EngineLimits:
     `can_save`: `seq_save` and `seq_restore` work. `can_trim_restored`: so restored, a sequence can be trimmed
     like any other (a sliding window is saved no longer than it need be). `needs_checkpoints`: a sequence goes back
     to where a partial state was saved, and nowhere else.
+
+    `n_loras`: the most adapters that one sequence can be computed with; 0 where there can be none.
     """
 
     n_ctx: int
@@ -111,6 +128,7 @@ class EngineLimits:
     can_save: bool = False
     can_trim_restored: bool = False
     needs_checkpoints: bool = False
+    n_loras: int = 0
 
 
 class Aborted(GenerationError):
@@ -156,7 +174,8 @@ class Engine(Protocol):
         """Compute the rows of `spans`, in order. Blocks. Rows are numbered through all spans from 0.
 
         Raises ValueError, before anything is touched, for what would abort the process: too many rows
-        or outputs, a sequence or token id out of range, positions that do not continue the sequence.
+        or outputs, a sequence or token id out of range, positions that do not continue the sequence; and for a
+        sequence whose tokens were computed with other adapters than those in use.
         ABORTED and failures may leave a part of the rows in the KV cache: ask `seq_end`.
         """
         ...
@@ -212,8 +231,29 @@ class Engine(Protocol):
         holds (or held before the last decode, if that was aborted or failed), or, with `donor`, over those of the
         donor, which the empty `seq` shares with it from now on.
 
+        A state remembers the adapters that it was computed with; those in use do not matter.
+
         Raises ValueError for misuse. Raises StateError for a state that is damaged, another engine's, or not of
         `length` tokens, and when there is no room: then `seq` is empty.
+        """
+        ...
+
+    def load_lora(self, path: str) -> LoraInfo:
+        """Read a LoRA adapter for this model from a GGUF file; it is in use for nothing yet. Blocks.
+
+        The same content again changes nothing. Raises LoraLoadError, which names the file and what is wrong,
+        InsufficientMemoryError, UnsupportedFeatureError where `n_loras` is 0.
+        """
+        ...
+
+    def free_lora(self, digest: str) -> None:
+        """Forget an adapter, or do nothing if it is not there. In use, it is so no longer."""
+        ...
+
+    def use_loras(self, kv: KVIdentity) -> bool:
+        """Compute with these adapters from the next decode on; says whether that is a change, which costs milliseconds.
+
+        Raises ValueError for an adapter that is not loaded, and for more of them than `n_loras`.
         """
         ...
 

@@ -24,6 +24,7 @@ from llama_worker._engine.base import (
     EngineLimits,
     Floats,
     LoadedModel,
+    LoraInfo,
     Mask,
     ModelInfo,
     Sampler,
@@ -37,6 +38,7 @@ from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.embedding import Embedder, can_embed, embedding_limits
 from llama_worker._engine.library import Library, Pointer, library
 from llama_worker._engine.log import collected_log, error_lines, thread_log
+from llama_worker._engine.loras import Loras, most_loras
 from llama_worker._engine.masking import Masks, nothing_left
 from llama_worker._engine.progress import current_progress
 from llama_worker._engine.rows import RowScan, require_number
@@ -45,6 +47,7 @@ from llama_worker._engine.state import ContextStates, fingerprint
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import ConfigError, ModelLoadError, UnsupportedFeatureError
 from llama_worker._fitting import fit_to_memory
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._models import read_info, resolve
 from llama_worker._requests import SamplingParams
 
@@ -91,6 +94,7 @@ class LlamaEngine:
             self._generator = self._new_generator(stack)
             self._stack = stack.pop_all()
         self._embedder: Embedder | None = None
+        self._loras: Loras | None = None
         # An engine that is dropped gives its memory back; at exit another thread may still be in it.
         self._free = weakref.finalize(self, self._stack.close)
         self._free.atexit = False
@@ -139,6 +143,34 @@ class LlamaEngine:
     def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
         """See `base.Engine`."""
         self._require_generator().seq_restore(seq, state, length, donor)
+
+    def load_lora(self, path: str) -> LoraInfo:
+        """See `base.Engine`."""
+        generator = self._require_generator()
+        if self._loras is None:
+            self._loras = Loras(self._lib, self._model, generator.context, self._info)
+        return self._loras.load(path)
+
+    def free_lora(self, digest: str) -> None:
+        """See `base.Engine`."""
+        generator = self._require_generator()
+        if self._loras is not None:
+            if digest in dict(generator.kv.loras):
+                self.use_loras(BASE)
+            self._loras.free(digest)
+
+    def use_loras(self, kv: KVIdentity) -> bool:
+        """See `base.Engine`."""
+        generator = self._require_generator()
+        if kv == generator.kv:
+            return False
+        if len(kv.loras) > self.limits.n_loras:
+            raise ValueError(f"{len(kv.loras)} adapters at once: at most {self.limits.n_loras}")
+        if self._loras is None:
+            raise ValueError("no adapter is loaded")
+        self._loras.use(kv)
+        generator.kv, generator.kv_mark = kv, kv.mark
+        return True
 
     def embed(self, texts: Sequence[TokenIds]) -> Floats:
         """See `base.Engine`. The first call creates the embedding context (ModelLoadError if it cannot)."""
@@ -210,6 +242,7 @@ class LlamaEngine:
             can_save=generator.can_save if generator else False,
             can_trim_restored=generator.can_trim_restored if generator else False,
             needs_checkpoints=generator.needs_checkpoints if generator else False,
+            n_loras=most_loras(self._info) if generator else 0,
         )
 
 
@@ -228,7 +261,7 @@ class _Generator:
         api = lib.api
         params = _generation_params(api, config)
         self._lib = lib
-        self._context = new_context(lib, stack, model, params, abort)
+        self._context = self.context = new_context(lib, stack, model, params, abort)
         self._memory: Pointer = api.llama_get_memory(self._context)
         if not self._memory:
             raise ModelLoadError(f"{info.name} ({info.architecture}) keeps no context; it cannot generate")
@@ -245,6 +278,8 @@ class _Generator:
         stack.callback(self.samplers.close)
         self._window = int(api.llama_model_n_swa(model))
         self._ends = [0] * self.n_seq
+        self.kv, self.kv_mark = BASE, BASE.mark  # what is computed with from now on
+        self._marks = [BASE.mark] * self.n_seq  # what each sequence was computed with
         self._spoiled: dict[int, int] = {}  # sequences without a valid state, and how many tokens' other cells are
         self._rows: dict[int, Floats] = {}
         self._scan = RowScan()
@@ -363,6 +398,7 @@ class _Generator:
             raise ValueError(f"length={length}: sequence {source} holds {self._ends[source]} tokens")
         self._lib.short.llama_memory_seq_cp(self._memory, source, target, 0, length)
         self._ends[target] = length
+        self._marks[target] = self._marks[source]
 
     def seq_save(self, seq: int, *, partial: bool) -> SavedState:
         self._check_seq(seq)
@@ -370,7 +406,7 @@ class _Generator:
             raise ValueError("this model has no such states (limits.can_save, limits.needs_checkpoints)")
         if not self._ends[seq]:
             raise ValueError(f"seq={seq}: it is empty")
-        return self._states.save(seq, self._ends[seq], partial=partial)
+        return self._states.save(seq, self._ends[seq], partial=partial, kv=self._marks[seq])
 
     def seq_restore(self, seq: int, state: SavedState | bytes, length: int, donor: int | None) -> None:
         self._check_seq(seq)
@@ -393,6 +429,8 @@ class _Generator:
             self.seq_clear(seq)
         elif (self._spoiled.get(seq, self._ends[seq]) if donor is None else self._ends[donor]) < length:
             raise StateError(f"a state of {length} tokens lacks their other cells")
+        elif saved.kv != self._marks[seq if donor is None else donor]:
+            raise StateError(f"a state of {length} tokens belongs to cells of other adapters")
         elif donor is not None:
             short.llama_memory_seq_cp(self._memory, donor, seq, 0, length)
         self._states.load(seq, saved)
@@ -402,6 +440,7 @@ class _Generator:
             raise StateError(f"the state did not lead back to {length} tokens")
         self._spoiled.pop(seq, None)
         self._ends[seq] = length
+        self._marks[seq] = saved.kv
 
     def _checked(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Each sequence's length after `spans`, and the output rows. Raises ValueError."""
@@ -413,6 +452,10 @@ class _Generator:
             n = len(tokens)
             if start != ends[seq] or not n:
                 raise ValueError(f"span of {n} rows at {start}: sequence {seq} continues at {ends[seq]}")
+            if self._marks[seq] != self.kv_mark:
+                if start:
+                    raise ValueError(f"sequence {seq}: its {start} tokens were computed with other adapters")
+                self._marks[seq] = self.kv_mark
             low, high = (tokens[0], tokens[0]) if n == 1 else (tokens.min(), tokens.max())
             if low < 0 or high >= self._n_vocab:
                 raise ValueError(f"token ids {low} … {high}: the model has 0 … {self._n_vocab - 1}")

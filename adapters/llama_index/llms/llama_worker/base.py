@@ -57,7 +57,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     Keywords: all fields of ModelConfig (or `worker`), WorkerConfig and SamplingParams, `timeout`, and
     those of every LlamaIndex LLM. `session_id` names the conversation that calls belong to: sessions take turns, and
     each finds its own KV cache first. `messages_to_prompt` and `completion_to_prompt`, where given, replace
-    the model's own chat template. `enable_thinking` and `reasoning_budget` are those of GenerationRequest.
+    the model's own chat template. `enable_thinking`, `reasoning_budget` and `loras` are those of GenerationRequest.
     `react_stop`: end a chat without tools where the model would write "Observation:", which is the agent's
     to say; None does so where the first message teaches the format, as a ReActAgent's does.
 
@@ -87,6 +87,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
     enable_thinking: bool | None = None
     reasoning_budget: int | None = Field(default=None, ge=0, le=2**24)
     session_id: str | None = Field(default=None, min_length=1, max_length=256)
+    loras: dict[str, float] | list[str] | str | None = None
     react_stop: bool | None = None
 
     @classmethod
@@ -260,7 +261,7 @@ class LlamaWorkerLLM(SamplingParams, WorkerComponent, PredictingLLM):
         return Call(self._connect, self._served()[0].name, prompt, asked)
 
 
-_ANY = ("timeout", "session_id")
+_ANY = ("timeout", "session_id", "loras")
 _THINKING = ("enable_thinking", "reasoning_budget")
 
 
