@@ -252,9 +252,7 @@ class PrefixCache:
                 held[slot.cells] -= 1
         return int(np.count_nonzero(held == 0)) - self.cells.free
 
-    def match(
-        self, prompt: TokenIds, session: str | None = None, *, kv: KVIdentity = BASE
-    ) -> tuple[Slot | None, int]:
+    def match(self, prompt: TokenIds, session: str | None = None, *, kv: KVIdentity = BASE) -> tuple[Slot | None, int]:
         """The slot that holds the longest usable prefix of `prompt`, computed with `kv`, and that prefix's length.
 
         Of equal ones an idle one, and of these the one that `session` used last. At least one token of a prompt is
