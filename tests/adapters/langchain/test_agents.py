@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from langchain.agents import create_agent
@@ -17,9 +17,10 @@ from langchain.agents.middleware import (
 )
 from langchain.agents.structured_output import AutoStrategy, ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage, trim_messages
+from pydantic import BaseModel
 
 from langchain_llama_worker import ChatLlamaWorker
-from llama_worker import ContextOverflowError, GenerationError, WorkerConfig
+from llama_worker import ContextOverflowError, GenerationError, InvalidOutputError, InvalidRequestError, WorkerConfig
 from llama_worker.testing import Fault, fake_loader, fake_worker
 from tests.adapters.langchain.test_calls import Point, call, pay, weather
 
@@ -115,6 +116,38 @@ def test_a_provider_strategy_gives_calls_or_the_object(strategy: Any, tools: lis
         state = create_agent(model, tools, response_format=strategy).invoke(QUESTION)
     assert state["structured_response"] == Point(x=3, y=4)
     assert len(results(state)) == len(tools)
+
+
+class Tags(BaseModel):
+    """Some tags."""
+
+    tags: set[Literal["dry", "wet"]]
+
+
+def test_a_set_is_checked_when_it_is_whole_where_only_its_schema_is_known() -> None:
+    """create_agent passes on the schema alone: that its class would drop doubled members nobody here can know."""
+    strategy = ProviderStrategy(Tags)
+    with chat('{"tags": ["dry", "wet"]}', '{"tags": ["dry", "dry"]}') as model:
+        agent = create_agent(model, [], response_format=strategy)
+        assert agent.invoke(QUESTION)["structured_response"] == Tags(tags={"dry", "wet"})
+        with pytest.raises(InvalidOutputError, match="uniqueItems"):
+            agent.invoke(QUESTION)
+        with pytest.raises(InvalidRequestError, match="uniqueItems"):
+            create_agent(model, [], response_format=ProviderStrategy(Tags, strict=True)).invoke(QUESTION)
+
+
+def test_a_set_that_was_told_twice_over_may_be_tried_again() -> None:
+    with chat('{"tags": ["dry", "dry"]}', '{"tags": ["dry"]}') as model:
+        again = ModelRetryMiddleware(retry_on=(InvalidOutputError,), initial_delay=0)
+        agent = create_agent(model, [], response_format=ProviderStrategy(Tags), middleware=[again])
+        assert agent.invoke(QUESTION)["structured_response"] == Tags(tags={"dry"})
+
+
+def test_a_tool_strategy_tells_the_model_of_a_set_that_was_told_twice_over() -> None:
+    with chat(call("Tags", tags=["dry", "dry"]), call("Tags", tags=["dry"])) as model:
+        state = create_agent(model, [], response_format=ToolStrategy(Tags)).invoke(QUESTION)
+    assert state["structured_response"] == Tags(tags={"dry"})
+    assert "could not be executed" in results(state)[0]
 
 
 def test_a_tool_strategy_that_finds_an_error_may_try_again() -> None:

@@ -27,8 +27,13 @@ from llama_worker._constraint.rules import (
 MOST_KEPT: Final = 64
 MOST_FREE: Final = 8
 """Of those that the caller wrote: their lexers may come to some 20 MB each while they are used."""
-MOST_WEIGHT: Final = 8 << 20
-"""Characters of schemas, grammars and their rules, all together."""
+MOST_WEIGHT: Final = 128 << 20
+"""Bytes, as estimated, of all together."""
+COMPILED: Final = 150
+"""Bytes that a character of a schema or rule takes once it is compiled, about: 40 in an enum, 200 in an object of
+strings (measured by what the process grows)."""
+_AS_TEXT: Final = 2
+"""And one that is only kept: descriptions, and what is compiled where the rest cannot be."""
 _FREE: Final = ("response_format.regex", "response_format.grammar")
 
 T = TypeVar("T")
@@ -76,13 +81,14 @@ class KeptGrammars(Generic[T]):
 
 
 def weight_of(grammar: Grammar) -> int:
-    """The characters that it is made of: what is compiled takes memory in proportion."""
+    """About the bytes that it takes: in proportion to what it is made of."""
     schemas = {id(schema): schema for schema in (*dict(grammar.schemas).values(), *(c.schema for c in grammar.checks))}
-    texts = sum(len(schema.original) + len(schema.exact) + len(schema.loose) for schema in schemas.values())
-    return texts + sum(_weight(node) for _, node in grammar.rules)
+    texts = sum(len(schema.original) + len(schema.loose) for schema in schemas.values())
+    compiled = sum(len(schema.exact) for _, schema in grammar.schemas) + sum(_length(node) for _, node in grammar.rules)
+    return texts * _AS_TEXT + compiled * COMPILED
 
 
-def _weight(node: Node) -> int:
+def _length(node: Node) -> int:
     match node:
         case Text(text) | Plain(text) | Opening(text) | Pattern(text) | Ref(text) | Json(text):
             return len(text)
@@ -91,6 +97,6 @@ def _weight(node: Node) -> int:
         case Span():
             return len(node.close) + sum(map(len, (*node.patterns, *node.without, *node.unless, *node.marks)))
         case Row(nodes) | Either(nodes):
-            return sum(map(_weight, nodes))
+            return sum(map(_length, nodes))
         case Maybe(inner) | Many(inner):
-            return _weight(inner)
+            return _length(inner)
