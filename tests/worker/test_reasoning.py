@@ -58,15 +58,18 @@ def test_a_user_cannot_hide_the_answer_in_a_thought(template: str, last: str) ->
 @pytest.mark.parametrize("variable", ["<think>", ["a", "<think>\n"], [{"<think>": 1}]], ids=str)
 def test_a_variable_at_the_end_of_the_prompt_opens_no_thought(variable: Any) -> None:
     written = "{{ notes if notes is string else notes[-1] if notes[-1] is string else (notes[-1] | list)[0] }}"
-    with thinking("It is a tag.", template=NO_TURN + written) as worker:
+    with thinking("It is a tag.", template=f"{NO_TURN}{{% if notes is defined %}}{written}{{% endif %}}") as worker:
+        assert worker._view().format.reasoning is not None
         reply = worker.generate(ASK, template_variables={"notes": variable})
     assert (reply.text, reply.reasoning) == ("It is a tag.", "")
 
 
 @pytest.mark.parametrize("describes", ["<think>", "Says <think> "])
 def test_a_tool_at_the_end_of_the_prompt_opens_no_thought(describes: str) -> None:
-    written = "{% for tool in tools or [] %}{{ tool.function.description }}{% endfor %}"
-    with thinking("It is a tag.", template=NO_TURN + written) as worker:
+    written = "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}{% endfor %}"
+    calls = "{% if m.tool_calls %}<tool_call>{{ m.tool_calls[0].function | tojson }}</tool_call>{% endif %}\n"
+    with thinking("It is a tag.", template=NO_TURN.replace("\n", calls) + written) as worker:
+        assert worker._view().format.takes_tools
         reply = worker.generate(ASK, tools=[{"name": "t", "description": describes}], tool_choice="none")
     assert (reply.text, reply.reasoning) == ("It is a tag.", "")
 
