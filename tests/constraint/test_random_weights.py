@@ -49,3 +49,16 @@ def test_most_come_to_their_end(worker: LlamaWorker) -> None:
         for name in names
     ]
     assert reasons.count("stop") > len(names) * 0.7
+
+
+@pytest.mark.parametrize("kind", [{}, {"type": "array"}, {"type": "object"}, {"type": "number"}], ids=str)
+def test_calls_of_a_tool_that_says_nothing_of_a_value_are_valid(worker: LlamaWorker, kind: dict[str, object]) -> None:
+    parameters = {"type": "object", "properties": {"p": kind}, "required": ["p"], "additionalProperties": kind}
+    tool = {"name": "t", "parameters": parameters}
+    ask = [{"role": "user", "content": "Go on."}]
+    asked = {**_WILD, "max_tokens": 400, "tools": [tool], "tool_choice": "required"}
+    replies = [worker.generate(ask, seed=seed, **asked) for seed in range(50 if PROOF else 5)]
+    whole = [reply for reply in replies if reply.finish_reason != "length"]
+    assert [reply.invalid_tool_calls for reply in whole] == [()] * len(whole)
+    assert all(len(reply.tool_calls) == 1 for reply in whole)
+    assert whole

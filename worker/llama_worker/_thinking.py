@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from llama_worker._chat.analysis import format_of
 from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._engine.base import ModelInfo
@@ -17,7 +19,11 @@ def can_think(info: ModelInfo, chat_template: str | None = None) -> bool:
     """
     if info.is_embedding:
         return False
-    source = template_source(chat_template) or info.chat_template or CHATML
+    return _thinks(template_source(chat_template) or info.chat_template or CHATML)
+
+
+@lru_cache(64)  # adapters ask each time they are made, and LangChain makes one for each call
+def _thinks(source: str) -> bool:
     try:
         return format_of(ChatTemplate(source, bos_text="", eos_text="")).reasoning is not None
     except TemplateError:
