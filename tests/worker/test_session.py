@@ -389,6 +389,37 @@ def test_a_call_that_waits_through_a_reload_is_prepared_for_the_new_model(staged
     assert waiting.manifest.identity.model != holding.manifest.identity.model
 
 
+# --- adapters
+
+
+def test_a_prefix_is_of_its_adapters(staged: Callable[..., Stage]):
+    """What was computed without them, or with others, is computed again with them."""
+    stage = staged(lora_paths={"a": "fake://a", "b": "fake://b"})
+    plain, same, scaled, other = (stage.worker.session(loras=loras) for loras in (None, "a", {"a": 0.5}, "b"))
+    statuses = [session.ensure_prefix([SYSTEM]) for session in (plain, same, scaled, other)]
+    assert [status.reused for status in statuses] == [0, 0, 0, 0]
+    assert stage.worker.warm([SYSTEM], loras={"a": 1}).reused == statuses[0].resident
+    assert same.manifest is not None
+    assert len(same.manifest.identity.loras) == 1
+    same.prefill_suffix([USER])
+    reply = same.decode(max_tokens=8).reply()
+    assert reply.usage.cached_tokens == reply.usage.prompt_tokens - 1
+    assert reply.text == stage.worker.generate([SYSTEM, USER], max_tokens=8, loras="a").text
+    with pytest.raises(InvalidRequestError, match="loras"):
+        same.decode(loras="b")
+
+
+def test_another_adapter_under_the_same_name_is_told(staged: Callable[..., Stage]):
+    stage = staged(lora_paths={"a": "fake://a"})
+    session = stage.worker.session(loras="a")
+    session.ensure_prefix([SYSTEM])
+    stage.worker.add_lora("a", "fake://b")
+    with pytest.raises(ManifestMismatchError, match="LoRA"):
+        session.prefill_suffix([USER])
+    assert session.ensure_prefix([SYSTEM]).reused == 0
+    assert session.prefill_suffix([USER]).reused > 0
+
+
 # --- its end
 
 

@@ -25,7 +25,7 @@ RAW = "tokens"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeIdentity:
-    """What a session was computed with. `model` and `template` are digests, `loras` are (digest, scale) in order.
+    """What a session was computed with. `model` and `template` are digests, `loras` are (digest, scale), sorted.
 
     `n_ctx` is told, and no part of the gate: with more or less room the same tokens are the same.
     """
@@ -38,7 +38,7 @@ class RuntimeIdentity:
     loras: tuple[tuple[str, float], ...] = ()
 
     @classmethod
-    def of(cls, view: ModelView) -> RuntimeIdentity:
+    def of(cls, view: ModelView, loras: tuple[tuple[str, float], ...] = ()) -> RuntimeIdentity:
         config = view.config
         return cls(
             model=view.info.digest,
@@ -46,6 +46,7 @@ class RuntimeIdentity:
             type_k=config.type_k,
             type_v=config.type_v,
             n_ctx=view.n_ctx,
+            loras=loras,
         )
 
     def difference(self, other: RuntimeIdentity) -> str | None:

@@ -281,9 +281,9 @@ class PrefixCache:
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
         return loan
 
-    def find_whole(self, tokens: TokenIds) -> Slot | None:
-        """The slot that a prompt which begins with all of `tokens` would start from; now used last."""
-        slot, length = self.match(_going_on(tokens))
+    def find_whole(self, tokens: TokenIds, kv: KVIdentity = BASE) -> Slot | None:
+        """The slot that a prompt with `kv` which begins with all of `tokens` would start from; now used last."""
+        slot, length = self.match(_going_on(tokens), kv=kv)
         if slot is None or length < len(tokens):
             return None
         self._touch(slot)

@@ -119,7 +119,7 @@ class Scheduler:
         """Of those who wait and want nothing but their prompts computed, those whose prompts are. They need no slot."""
         spared = []
         for generation in [g for g in self.waiting if g.is_prefill]:
-            slot = self.cache.find_whole(generation.tokens.view)
+            slot = self.cache.find_whole(generation.tokens.view, generation.kv)
             if slot is not None:
                 generation.cached = generation.n_prompt
                 self._pin(generation, slot)

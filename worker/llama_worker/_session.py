@@ -41,7 +41,7 @@ from llama_worker._tokens import TokenIds, common_prefix
 
 R = TypeVar("R")
 
-_OWN = ("enable_thinking", "messages", "priority", "prompt", "session", "template_variables", "tools")
+_OWN = ("enable_thinking", "loras", "messages", "priority", "prompt", "session", "template_variables", "tools")
 """What a reply's keywords cannot say: the session has said it."""
 
 _ONE = ("logprobs", "max_tokens", "stop")
@@ -78,6 +78,7 @@ class Session:
         *,
         enable_thinking: bool | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        loras: Any = None,
         priority: int = 0,
     ) -> None:
         self._pin = Pin()
@@ -90,6 +91,7 @@ class Session:
             priority=priority,
             enable_thinking=enable_thinking,
             template_variables=dict(template_variables or {}),
+            loras=loras,
         )
         self._running = CancelScope()
         self._held: Held | None = None
@@ -174,8 +176,8 @@ class Session:
         """Have all that follows the prefix, `messages`, computed up to where a reply would begin. Blocks.
 
         They take the place of the former suffix; only what is new in them is computed. Raises ManifestMismatchError
-        when another model, template or kind of KV cache has come since `ensure_prefix`, and when the template writes
-        the prefix otherwise because of them.
+        when another model, template, adapter or kind of KV cache has come since `ensure_prefix`, and when the template
+        writes the prefix otherwise because of them.
         """
         return self._run(partial(self._suffix_call, messages, timeout))
 
@@ -273,7 +275,8 @@ class Session:
         says: bool,
         done: Callable[[Prepared, Reply], R],
     ) -> _Call[R]:
-        request = generation_request("", timeout, sampling, self._asked.session, self._asked.priority)
+        asked = self._asked
+        request = generation_request("", timeout, {**sampling, "loras": asked.loras}, asked.session, asked.priority)
         step = partial(tokens_step, request=request, tokens=tokens, held=held, says=says)
         return _Call(Step(step, self._pin), request, done)
 
@@ -285,10 +288,13 @@ class Session:
         timeout: float | None,
     ) -> GenerationRequest:
         asked = self._asked
-        layout = {"enable_thinking": asked.enable_thinking, "template_variables": asked.template_variables}
-        return generation_request(
-            messages, timeout, {**sampling, **layout, "tools": tools}, asked.session, asked.priority
-        )
+        own = {
+            "tools": tools,
+            "enable_thinking": asked.enable_thinking,
+            "template_variables": asked.template_variables,
+            "loras": asked.loras,
+        }
+        return generation_request(messages, timeout, {**sampling, **own}, asked.session, asked.priority)
 
     def _holding(self) -> Held:
         if self._held is None:

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from llama_worker._errors import InvalidRequestError, ManifestMismatchError, TemplateError
+from llama_worker._identity import KVIdentity
 from llama_worker._jobs import GenerationJob
 from llama_worker._manifest import End, Manifest, RuntimeIdentity
 from llama_worker._pins import Pin
@@ -70,9 +71,10 @@ class Held:
     def stable(self) -> TokenIds:
         return self.tokens[: self.manifest.n_prefix]
 
-    def check(self, view: ModelView) -> None:
-        """Raises ManifestMismatchError when `view` is of another runtime."""
-        reason = self.manifest.identity.difference(RuntimeIdentity.of(view))
+    def check(self, view: ModelView, kv: KVIdentity | None = None) -> None:
+        """Raises ManifestMismatchError when `view`, or with the adapters `kv`, is another runtime than it was."""
+        identity = self.manifest.identity
+        reason = identity.difference(RuntimeIdentity.of(view, identity.loras if kv is None else kv.loras))
         if reason is not None:
             raise ManifestMismatchError(reason)
 
@@ -108,7 +110,7 @@ def prefix_step(view: ModelView, request: GenerationRequest, today: date) -> Pre
     tokens = one.prompt[:length]
     job = replace(one, prompt=tokens, boundaries=boundaries if view.limits.needs_checkpoints else ())
     ends = list(_message_ends(view, request.messages or (), one.rendered or "", tokens))
-    manifest = Manifest.of(RuntimeIdentity.of(view), tokens, length, _closed(ends, length))
+    manifest = Manifest.of(RuntimeIdentity.of(view, one.kv.loras), tokens, length, _closed(ends, length))
     return Prepared(job=job, tokens=tokens, manifest=manifest)
 
 
@@ -119,6 +121,7 @@ def chat_step(view: ModelView, request: GenerationRequest, held: Held, today: da
     """
     held.check(view)
     job = view.prepare_generation(request, today=today, says=says)
+    held.check(view, job.kv)
     n_prefix = held.manifest.n_prefix
     if common_prefix(job.prompt, held.stable) < n_prefix:
         raise ManifestMismatchError("with what follows it, the template writes the prefix otherwise")
@@ -137,7 +140,10 @@ def tokens_step(
         held.check(view)
     _check_ids(view, tokens)
     job = view.prepare_generation(request, tokens=tokens, says=says)
-    known = Manifest.of(RuntimeIdentity.of(view), tokens[:0], 0, ()) if held is None else held.manifest
+    if held is not None:
+        held.check(view, job.kv)
+    identity = RuntimeIdentity.of(view, job.kv.loras)
+    known = Manifest.of(identity, tokens[:0], 0, ()) if held is None else held.manifest
     manifest = known.going_on(tokens)
     return Prepared(job=job if says else _but_one(job), tokens=tokens, manifest=manifest)
 

@@ -384,6 +384,7 @@ class LlamaWorker:
         *,
         enable_thinking: bool | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        loras: Any = None,
         priority: int = 0,
     ) -> Session:
         """A Session: a conversation whose prefix is computed and kept when you say so. Never waits.
@@ -397,24 +398,35 @@ class LlamaWorker:
             name,
             enable_thinking=enable_thinking,
             template_variables=template_variables,
+            loras=loras,
             priority=priority,
         )
 
     def warm(
-        self, messages: Sequence[MessageLike], tools: Sequence[ToolLike] = (), *, timeout: float | None = None
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[ToolLike] = (),
+        *,
+        loras: Any = None,
+        timeout: float | None = None,
     ) -> PrefixStatus:
         """Compute what all conversations that begin with `messages` and `tools` have in common, for the next ones.
 
         Blocks; raises as `generate`. Nothing is pinned: for that, open a session.
         """
-        with self.session() as session:
+        with self.session(loras=loras) as session:
             return session.ensure_prefix(messages, tools, timeout=timeout)
 
     async def awarm(
-        self, messages: Sequence[MessageLike], tools: Sequence[ToolLike] = (), *, timeout: float | None = None
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[ToolLike] = (),
+        *,
+        loras: Any = None,
+        timeout: float | None = None,
     ) -> PrefixStatus:
         """The async twin of `warm`."""
-        with self.session() as session:
+        with self.session(loras=loras) as session:
             return await session.aensure_prefix(messages, tools, timeout=timeout)
 
     # -- embedding ----------------------------------------------------------------------------------
