@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from llama_worker import LoraLoadError, ModelConfig
 from llama_worker._engine.base import DecodeStatus, Engine, Floats, Span, StateError, TokenIds
 from llama_worker._engine.llama import LlamaEngine, load
 from llama_worker._identity import BASE, KVIdentity
+from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import FakeEngine, fake_limits
 from tests import synth_lora
+from tests.worker.bench import Bench
+from tests.worker.probe import Probe, probed
 
 pytestmark = pytest.mark.engine
 
@@ -274,3 +277,59 @@ def test_the_same_content_is_loaded_once(tiny_llama: Path, style: Path, tmp_path
     engine.use_loras(KVIdentity.of([(first.digest, 1.0)]))
     np.testing.assert_array_equal(logits_after(engine, numbers(40)), halves)
     engine.close()
+
+
+# --- a worker of them
+
+
+def test_requests_of_different_sets_at_once_say_what_each_model_would(
+    tiny_llama: Path, style: Path, facts: Path, tmp_path: Path
+):
+    """The numeric tier: each emitted token is nearly the likeliest one of a model with these adapters merged in.
+
+    With evictions, preemption and the RAM tier on the way: there are cells for two of the six.
+    """
+    sets: list[dict[str, float]] = [{}, {"style": 1.0}, {"facts": 0.5}, {"style": 0.3, "facts": 1.0}]
+    paths = {"style": style, "facts": facts}
+    probes: list[Probe] = []
+    bench = Bench(
+        loader=probed(load, probes),
+        model=str(tiny_llama),
+        lora_paths=paths,
+        n_ctx=512,
+        n_kv_cells=768,
+        n_parallel=6,
+        n_threads=1,
+        **PRECISE,
+    ).load()
+    bench.check = bench.scheduler.cache.check  # type: ignore[method-assign]
+    head = "the river and the stone " * 12
+    asked = [(head + f"agent {i % 3}", sets[i % 4]) for i in range(24)]
+    how = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, "logprobs": 0}
+    sinks = [bench.ask(p, loras=loras, **how)[0] for p, loras in asked]
+    bench.settle(*sinks, most=20_000)
+    assert bench.service.loras.snapshot({})["style"].switches > 4
+    assert cache_metrics_of(bench.service).reused_tokens > 500
+    view = bench.published.view(0)
+    assert view is not None
+    for number, loras in enumerate(sets):
+        merges = [(paths[name], scale) for name, scale in loras.items()]
+        truth = opened(synth_lora.merged(tiny_llama, tmp_path / f"{number}.gguf", *merges))
+        for (prompt, wanted), sink in zip(asked, sinks, strict=True):
+            said = [entry.token for entry in sink.terminal.logprobs]
+            worst = shortfall(truth, view.prompt_tokens(prompt), said)
+            assert worst <= 0.05 if wanted == loras else worst > 0.2, (loras, wanted)
+        truth.close()
+    bench.shut_down()
+
+
+def shortfall(engine: Engine, prompt: TokenIds, said: Sequence[int]) -> float:
+    """By how much the tokens that were said lie below the likeliest ones, at most."""
+    engine.seq_clear(0)
+    assert engine.decode([Span(0, 0, prompt, True)]) is DecodeStatus.OK
+    worst, row = 0.0, len(prompt) - 1
+    for token in said:
+        logits = engine.logits(row)
+        worst, row = max(worst, float(logits.max() - logits[token])), 0
+        assert engine.decode([Span(0, engine.seq_end(0), np.array([token]), True)]) is DecodeStatus.OK
+    return worst

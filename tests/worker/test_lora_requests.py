@@ -17,6 +17,7 @@ from llama_worker import (
     LlamaWorker,
     LoraInfo,
     LoraLoadError,
+    ManifestMismatchError,
     ModelConfig,
     ModelLoadError,
     UnsupportedFeatureError,
@@ -447,3 +448,38 @@ async def test_adapters_come_and_go_under_load(tiny_llama: Path, tmp_path: Path)
 
         texts = await asyncio.gather(*(ask(i) for i in range(60)), change())
     assert all(len(text) for text in texts[:-1])  # type: ignore[arg-type]
+
+
+# --- sessions
+
+
+def test_a_session_has_adapters_of_its_own():
+    system, question = {"role": "system", "content": "be brief " * 20}, {"role": "user", "content": "why?"}
+    with fake_worker(lora_paths=PATHS) as worker:
+        with worker.session(loras={"a": 0.5}) as session:
+            session.ensure_prefix([system])
+            session.prefill_suffix([question])
+            reply = session.decode(max_tokens=8).reply()
+            assert reply.text == worker.generate([system, question], max_tokens=8, loras={"a": 0.5}).text
+            assert reply.usage.cached_tokens == reply.usage.prompt_tokens - 1
+            assert session.manifest is not None
+            assert session.manifest.identity.loras == ((worker.loras["a"].digest, 0.5),)
+            with pytest.raises(InvalidRequestError, match="loras"):
+                session.decode(loras="b")
+            with pytest.raises(InvalidRequestError, match="loras"):
+                worker.session(loras=3)
+            worker.add_lora("a", "fake://other")
+            with pytest.raises(ManifestMismatchError, match="LoRA adapters are others"):
+                session.decode(max_tokens=8).reply()
+            worker.remove_lora("a")
+            with pytest.raises(InvalidRequestError, match="loras='a'"):
+                session.prefill_suffix([question])
+
+
+def test_what_is_warmed_is_warm_for_the_same_adapters():
+    system = {"role": "system", "content": "be brief " * 20}
+    with fake_worker(lora_paths=PATHS) as worker:
+        worker.warm([system], loras="a")
+        asked = [system, {"role": "user", "content": "why?"}]
+        assert worker.generate(asked, max_tokens=2).usage.cached_tokens == 0
+        assert worker.generate(asked, max_tokens=2, loras="a").usage.cached_tokens > 150
