@@ -71,6 +71,8 @@ class ModelFields(BaseModel):
     n_parallel: int | None = None
     n_kv_cells: int | None = None
     cache_ram: int | None = None
+    cache_dir: str | None = None
+    cache_disk: int | None = None
     n_batch: int | None = None
     n_ubatch: int | None = None
     n_threads: int | None = None

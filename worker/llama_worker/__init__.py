@@ -15,7 +15,8 @@ The house, from the outside in:
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
-    _ram_tier      what was evicted, kept as bytes
+    _ram_tier      what was evicted, kept as bytes; _disk_tier beneath it, over _disk and _disk_store
+    _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _reply         token -> text -> events; _streams is where the caller reads them
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
@@ -47,6 +48,7 @@ from llama_worker._errors import (
     RequestError,
     SessionClosedError,
     SessionFatalError,
+    StateError,
     StreamStalled,
     TemplateError,
     UnsupportedFeatureError,
@@ -144,6 +146,7 @@ __all__ = [
     "Session",
     "SessionClosedError",
     "SessionFatalError",
+    "StateError",
     "Status",
     "StreamEvent",
     "StreamStalled",

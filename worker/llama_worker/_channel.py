@@ -100,7 +100,7 @@ class CommandChannel:
                 self._tickets.remove(ticket)
 
     def command(self, control: Control) -> bool:
-        """Accept a Reload or Shutdown; False when the channel is closed. Never blocks, never refuses."""
+        """Accept a control; False when the channel is closed. Never blocks, never refuses."""
         with self._changed:
             if not self._closed:
                 self._controls.append(control)

@@ -117,7 +117,7 @@ def count_within(checkpoints: Sequence[Checkpoint], length: int) -> int:
     return bisect_right(checkpoints, length, key=lambda checkpoint: checkpoint.length)
 
 
-def least_valuable(rows: Iterable[Sequence[Checkpoint]], now: int, sparing: Checkpoint) -> Checkpoint:
+def least_valuable(rows: Iterable[Sequence[Checkpoint]], now: int, sparing: Checkpoint | None) -> Checkpoint:
     """Of all checkpoints but `sparing`, slot by slot and in order, the one whose loss costs least."""
 
     def values() -> Iterable[tuple[float, Checkpoint]]:

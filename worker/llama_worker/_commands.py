@@ -1,4 +1,4 @@
-"""What travels to the worker thread: Request (a generation or texts to embed), Reload, ChangeLora, Shutdown."""
+"""What travels to the worker thread: Request (a generation or texts to embed), and controls: Reload and the like."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from llama_worker._cancel import CancelFlag
 from llama_worker._config import ModelConfig
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, StreamEvent, Terminal, Usage
+from llama_worker._identity import BASE, KVIdentity
 from llama_worker._jobs import EmbedJob, GenerationJob
+from llama_worker._ram_tier import Entry
 from llama_worker._record import Answer, Record
+from llama_worker._tokens import TokenIds
 
 
 def settle(answer: Future[Any], *, result: object = None, error: Exception | None = None) -> None:
@@ -132,4 +135,34 @@ class Shutdown:
         """Nobody waits for a Shutdown itself."""
 
 
-Control: TypeAlias = Reload | ChangeLora | Shutdown
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Export:
+    """Copy what is kept for the model of `epoch`: as much of `tokens`, with `kv`, as there is, or, None, everything.
+
+    `answer` gets the entries, those used longest ago first; none where another model serves by now. With `tokens`
+    it waits for an idle slot.
+    """
+
+    epoch: int
+    tokens: TokenIds | None = None
+    kv: KVIdentity = BASE
+    answer: Future[tuple[Entry, ...]] = field(default_factory=Future)
+
+    def fail(self, error: Exception) -> None:
+        settle(self.answer, error=error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Import:
+    """Keep `entries`, which are of the model of `epoch`, the most useful one last. `answer` gets how many are kept."""
+
+    epoch: int
+    entries: tuple[Entry, ...]
+    answer: Future[int] = field(default_factory=Future)
+
+    def fail(self, error: Exception) -> None:
+        settle(self.answer, error=error)
+
+
+Transfer: TypeAlias = Export | Import
+Control: TypeAlias = Reload | ChangeLora | Transfer | Shutdown

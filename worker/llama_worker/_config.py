@@ -96,6 +96,8 @@ class ModelConfig(Settings):
     `n_parallel`: sequences decoded at once. `n_kv_cells`: tokens that all sequences share (default: n_ctx).
     `cache_ram`: MiB of RAM for saved states: of sequences that had to make room for others, and what models that
     cannot trim go back to. 0: none are saved.
+    `cache_dir`: a folder that keeps such states beyond the process, for whoever opens the same model with the same
+    settings; None: nothing leaves RAM. `cache_disk`: MiB that the folder may hold.
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
@@ -111,6 +113,8 @@ class ModelConfig(Settings):
     n_parallel: Annotated[int, Field(ge=1, le=256)] = 4
     n_kv_cells: Annotated[int | None, Field(ge=1, le=2**26)] = None
     cache_ram: Annotated[int, Field(ge=0, le=2**24)] = 512
+    cache_dir: Annotated[str | None, Field(min_length=1)] = None
+    cache_disk: Annotated[int, Field(ge=1, le=2**30)] = 4096
     n_batch: Annotated[int, Field(ge=32, le=2**16)] = 2048
     n_ubatch: Annotated[int, Field(ge=1, le=2**16)] = 512
     n_threads: Annotated[int | None, Field(ge=1, le=512)] = None

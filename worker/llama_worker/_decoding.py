@@ -26,6 +26,8 @@ from llama_worker._service import Loaded, Service
 
 logger = logging.getLogger("llama_worker")
 
+_LOOK = 0.1  # seconds between two looks at the clock while nothing but the disk is busy
+
 
 def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> None:
     """One decode for everyone who runs, and what is sampled from it."""
@@ -44,6 +46,8 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
         service.meter.preemptions += running - len(scheduler.running)
     batch = scheduler.plan()
     if batch is None:
+        if scheduler.is_held_up and not loaded.embeds:
+            _await_disk(service, loaded)
         _fail_stuck(loaded)
         return
     batch = _decode(service, loaded, batch)
@@ -62,6 +66,13 @@ def _spare(service: Service, loaded: Loaded) -> None:
 def _end_prefill(loaded: Loaded, generation: Generation) -> None:
     generation.finish("length")
     loaded.retire(generation)
+
+
+def _await_disk(service: Service, loaded: Loaded) -> None:
+    """Sleep until what somebody waits for was read, or anything else happens."""
+    for generation in loaded.scheduler.waiting:
+        generation.cancel.arm(service.channel.nudge)
+    service.channel.wait(_LOOK)
 
 
 def _start(loaded: Loaded, generation: Generation) -> None:

@@ -18,7 +18,8 @@ LlamaWorkerError
 ├── StreamStalled               the reader stopped reading; `stall_timeout` freed its slot
 ├── GenerationCancelled         the caller cancelled; raised by the non-streaming calls only
 ├── GenerationError             the engine failed this request; the worker serves on
-│   └── InvalidOutputError      the reply is complete and not what it had to be; carries it
+│   ├── InvalidOutputError      the reply is complete and not what it had to be; carries it
+│   └── StateError              a saved state is damaged, another model's, or could not be made
 ├── SessionClosedError          the session was closed; open another
 │   └── SessionFatalError       it broke, and stays so; `__cause__` is what broke it first
 └── WorkerClosed                the worker was closed; open another
@@ -229,6 +230,10 @@ class InvalidOutputError(GenerationError):
         super().__init__(f"the reply is not what response_format asks for: {reason}; try again, or loosen the schema")
         self.reason = reason
         self.reply = reply
+
+
+class StateError(GenerationError):
+    """A sequence could not be saved or restored, or what is to be restored is damaged or another model's."""
 
 
 def took_too_long(limit: float) -> GenerationError:

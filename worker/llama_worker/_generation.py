@@ -25,6 +25,7 @@ class Generation:
     """
 
     __slots__ = (
+        "asked_disk",
         "cached",
         "cancel",
         "command",
@@ -57,6 +58,7 @@ class Generation:
         self.cached: int | None = None
         self.passed_over = 0
         self.started_over = False
+        self.asked_disk = False
 
     def __repr__(self) -> str:
         return f"<Generation {self.order}: {self.n_prompt} + {self.n_sampled} tokens, {self.n_left} left>"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import assert_never
 
-from llama_worker._commands import ChangeLora, Embed, Generate, Reload, Request, Shutdown, settle
+from llama_worker._commands import ChangeLora, Embed, Export, Generate, Import, Reload, Request, Shutdown, settle
 from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._errors import (
@@ -30,10 +30,12 @@ from llama_worker._loras import are_known
 from llama_worker._reloading import begin_loading, begin_reload, continue_change, let_go, unload
 from llama_worker._service import Loaded, Service, State
 from llama_worker._stall import StallWatch
+from llama_worker._transfers import serve_transfers
 
 logger = logging.getLogger("llama_worker")
 
 _IDLE_LOOK = 1.0  # seconds between two looks at the clock when there is nothing to do
+_FAREWELL = 10.0  # seconds that the end waits for the disk
 
 
 def run(service: Service) -> None:
@@ -58,6 +60,8 @@ def step(service: Service) -> bool:
         change_loras(service)
     if service.change is not None and continue_change(service, service.change):
         return True
+    if service.transfers:
+        serve_transfers(service)
     _take_requests(service)
     loaded = service.loaded
     if loaded is None or loaded.is_idle:
@@ -97,6 +101,8 @@ def _obey(service: Service) -> bool:
                 begin_reload(service, control)
             case ChangeLora():
                 service.lora_changes.append(control)
+            case Export() | Import():
+                service.transfers.append(control)
             case _:
                 assert_never(control)
     return True
@@ -214,9 +220,11 @@ def end(service: Service, cause: BaseException | None) -> None:
         service.ended.result()  # the watchdog has answered everyone, or is about to
     else:
         dismiss(service, _last_words(service, cause), "closed" if cause is None else "dead")
-    change = service.change
+    change, disk = service.change, None if service.loaded is None else service.loaded.disk
     try:
         unload(service)
+        if disk is not None:
+            disk.flush(_FAREWELL)
         if change is not None and change.loading is not None:
             change.loading.cancel()
             change.loading.join()
@@ -237,7 +245,8 @@ def dismiss(service: Service, error: LlamaWorkerError, state: State) -> None:
     service.refusal = error
     service.publish(error)  # before the channel wakes those who wait for room: they ask why
     requests, controls = service.channel.close()
-    for waiting in [*requests, *controls, *service.preparing, *service.renewed, *service.lora_changes]:
+    kept = [*service.preparing, *service.renewed, *service.lora_changes, *service.transfers]
+    for waiting in [*requests, *controls, *kept]:
         waiting.fail(copy_of(error))
     if service.change is not None:
         service.change.answer(copy_of(error))

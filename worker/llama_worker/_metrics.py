@@ -148,6 +148,10 @@ class CacheMetrics:
     for somebody who begins like them; `saved_dropped` had to go for the budget's sake, `saved_hits` times one came
     back. Checkpoints and saved sequences spared `restored_tokens` (part of the reused ones). `state_failures` states
     could not be saved or restored: their tokens were decoded instead.
+
+    `disk` files of `disk_bytes` in the cache_dir are this model's. `disk_hits` prompts began with what one of them
+    held. `disk_written` were written, `disk_dropped` not, for they came too fast or were too large; `disk_failures` is
+    how often a file could not be read or written, or was damaged.
     """
 
     cells: int = 0
@@ -170,6 +174,12 @@ class CacheMetrics:
     saved_hits: int = 0
     restored_tokens: int = 0
     state_failures: int = 0
+    disk: int = 0
+    disk_bytes: int = 0
+    disk_hits: int = 0
+    disk_written: int = 0
+    disk_dropped: int = 0
+    disk_failures: int = 0
 
     @property
     def reuse_ratio(self) -> float | None:

@@ -186,11 +186,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """A slot for a prompt, how many of the prompt's tokens it holds already, and what the engine must do."""
+    """A slot for a prompt, how many of the prompt's tokens it holds already, and what the engine must do.
+
+    `recalled` is the entry that it was restored from, if it was.
+    """
 
     slot: Slot
     reused: int
     ops: tuple[KVOp, ...]
+    recalled: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +274,20 @@ class PrefixCache:
         return best, highest[0]
 
     def lend(
-        self, prompt: TokenIds, session: str | None = None, *, goes_on: bool = False, kv: KVIdentity = BASE
+        self,
+        prompt: TokenIds,
+        session: str | None = None,
+        *,
+        goes_on: bool = False,
+        kv: KVIdentity = BASE,
+        fetched: Entry | None = None,
     ) -> Loan:
         """An idle slot for `prompt` and `kv`, now busy. The caller has seen `has_idle`. Modifies the books.
 
         `goes_on`: it is the beginning of prompts to come, so no logits are wanted and all of it may be there already.
+        `fetched` was read for this prompt from where the books do not reach.
         """
-        loan = self._loan(_going_on(prompt) if goes_on else prompt, session, kv)
+        loan = self._loan(_going_on(prompt) if goes_on else prompt, session, kv, fetched)
         loan.slot.session, loan.slot.kv = session, kv
         self.counts = self.counts.with_loan(len(prompt), loan.reused)
         return loan
@@ -300,6 +311,35 @@ class PrefixCache:
         for slot in self.slots:
             if slot.pins:
                 slot.pins = [held for held in slot.pins if held[0] is not pin and not held[0].released]
+
+    def borrow(self, tokens: TokenIds, kv: KVIdentity) -> Loan | None:
+        """An idle slot that holds as much of `tokens`, with `kv`, as is kept anywhere; None when hardly any is.
+
+        As `lend`, but all of `tokens` may be held, and nobody counts it: nothing is going to be decoded.
+        """
+        if self.kept_of(_going_on(tokens), kv) < WORTH_SHARING:
+            return None
+        loan = self._loan(_going_on(tokens), None, kv)
+        loan.slot.kv = kv
+        return loan
+
+    def take_in(self, entry: Entry) -> tuple[KVOp, ...] | None:
+        """Keep an `entry` that comes from outside: in the tier, or in an idle slot where the tier is too small.
+
+        None when there is room in neither.
+        """
+        if self.kept_of(_going_on(entry.tokens), entry.kv) == entry.n:
+            return ()
+        if self.tier.takes(entry):
+            self._tick += 1
+            self.tier.put(entry.tokens, entry.state, entry.checkpoints, self._tick, entry.kv)
+            return ()
+        loan = self._recall(entry, entry.n) if self.has_idle else None
+        if loan is None:
+            return None
+        loan.slot.kv = entry.kv
+        self.give_back(loan.slot)
+        return loan.ops
 
     def extend(self, slot: Slot, tokens: TokenIds) -> None:
         """`tokens` were decoded behind what the slot holds."""
@@ -380,7 +420,7 @@ class PrefixCache:
             self._drop(least_valuable([slot.checkpoints], self._tick, checkpoint))
         self._thin(checkpoint)
 
-    def _thin(self, newest: Checkpoint) -> None:
+    def _thin(self, newest: Checkpoint | None) -> None:
         while self.checkpoints.over_budget:
             self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick, newest))
         self.tier.fit()
@@ -417,6 +457,10 @@ class PrefixCache:
         n_bytes = sum(checkpoint.state.nbytes for checkpoint in holders)
         assert (self.checkpoints.n, self.checkpoints.n_bytes) == (len(holders), n_bytes), "bytes differ"
         assert not self.checkpoints.over_budget, f"{n_bytes} bytes of checkpoints"
+
+    def kept_of(self, prompt: TokenIds, kv: KVIdentity) -> int:
+        """How many of the first tokens of `prompt`, with `kv`, a slot or the tier leads to; at most all but one."""
+        return max(self.match(prompt, kv=kv)[1], self.tier.find(prompt, kv)[1])
 
     def _held_by_busy(self) -> NDArray[np.bool_]:
         held = np.zeros(self.cells.n, np.bool_)
@@ -470,9 +514,11 @@ class PrefixCache:
                 self.checkpoints.let_go([checkpoint])
         self.checkpoints.dropped()
 
-    def _loan(self, prompt: TokenIds, session: str | None, kv: KVIdentity) -> Loan:
+    def _loan(self, prompt: TokenIds, session: str | None, kv: KVIdentity, fetched: Entry | None = None) -> Loan:
         donor, length = self.match(prompt, session, kv=kv)
         entry, saved = self.tier.find(prompt, kv)
+        if fetched is not None and (further := self.tier.leads_to(fetched, prompt)) > saved:
+            entry, saved = fetched, further
         if entry is not None and saved - length >= WORTH_SAVING:
             loan = self._recall(entry, saved)
             if loan is not None:
@@ -510,13 +556,13 @@ class PrefixCache:
         slot.checkpoints.extend(entry.checkpoints)
         self.checkpoints.hold(slot.checkpoints)
         slot.firm = 0 if self._can_trim_restored else entry.n
-        self.tier.used(entry, length, self._tick)
+        if entry in self.tier.entries:
+            self.tier.used(entry, length, self._tick)
         ops.append(Restore(slot.seq, entry.n, entry.state))
         if length < entry.n:
             ops.append(self._go_back(slot, length))
-        if slot.checkpoints:
-            self._thin(slot.checkpoints[-1])
-        return self._lent(slot, length, tuple(ops))
+        self._thin(None)  # those of another process may be more than all may be
+        return self._lent(slot, length, tuple(ops), entry)
 
     def _saving(self, slot: Slot, n_lost: int) -> tuple[KVOp, ...]:
         """Keep what `slot` holds before `n_lost` of its tokens go, where that is worth it and nobody else has them."""
@@ -545,10 +591,10 @@ class PrefixCache:
         self.checkpoints.hit(length)
         return Restore(target.seq, length, self._checkpoint(donor, length).state, donor.seq)
 
-    def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...]) -> Loan:
+    def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...], recalled: Entry | None = None) -> Loan:
         slot.busy = True
         self._touch(slot)
-        return Loan(slot, reused, ops)
+        return Loan(slot, reused, ops, recalled)
 
     def _cheapest_idle(self, other_than: Slot | None = None) -> Slot | None:
         idle = [slot for slot in self.slots if not slot.busy and slot is not other_than]

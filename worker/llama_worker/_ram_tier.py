@@ -5,16 +5,18 @@ the checkpoints that it has, and found again by its longest common prefix with a
 come back, not a prefill.
 
 The tier and the checkpoints share one budget of bytes; checkpoints come first. The entry that was used longest
-ago goes first.
+ago goes first: to the disk, where there is one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from llama_worker._checkpoints import Checkpoint, Checkpoints, within
 from llama_worker._engine.base import SavedState
 from llama_worker._identity import BASE, KVIdentity
+from llama_worker._saved_prefix import SavedPrefix
 from llama_worker._tokens import TokenIds, common_prefix
 
 WORTH_SAVING = 128
@@ -30,7 +32,12 @@ class Entry:
     __slots__ = ("checkpoints", "kv", "last_used", "n_bytes", "state", "tokens")
 
     def __init__(
-        self, tokens: TokenIds, state: SavedState, checkpoints: tuple[Checkpoint, ...], now: int, kv: KVIdentity
+        self,
+        tokens: TokenIds,
+        state: SavedState,
+        checkpoints: tuple[Checkpoint, ...],
+        now: int,
+        kv: KVIdentity = BASE,
     ) -> None:
         self.tokens = tokens
         self.state = state
@@ -47,6 +54,18 @@ class Entry:
         return f"<Entry of {self.n} tokens: {self.n_bytes} bytes>"
 
 
+def saved_prefix(entry: Entry, fingerprint: bytes) -> SavedPrefix:
+    """`entry` as it leaves the process: of the model that `fingerprint` names."""
+    checkpoints = tuple((checkpoint.length, checkpoint.state) for checkpoint in entry.checkpoints)
+    return SavedPrefix(fingerprint, entry.tokens, entry.state, checkpoints, entry.kv)
+
+
+def entry_of(saved: SavedPrefix) -> Entry:
+    """What `saved_prefix` was made of."""
+    checkpoints = tuple(Checkpoint(length, state, 0) for length, state in saved.checkpoints)
+    return Entry(saved.tokens, saved.state, checkpoints, 0, saved.kv)
+
+
 @dataclass(frozen=True, slots=True)
 class TierCounts:
     """What the tier was good for. Replaced as a whole: any thread may look."""
@@ -55,6 +74,14 @@ class TierCounts:
     dropped: int = 0
     hits: int = 0
     restored_tokens: int = 0
+
+
+class Overflow(Protocol):
+    """Where sequences go that RAM does not keep."""
+
+    def wants(self, tokens: TokenIds, kv: KVIdentity) -> bool: ...
+
+    def keep(self, entry: Entry) -> None: ...
 
 
 class RamTier:
@@ -67,6 +94,7 @@ class RamTier:
         self.entries: list[Entry] = []
         self.n_bytes = 0
         self.counts = TierCounts()
+        self.overflow: Overflow | None = None
         self._budget, self._checkpoints = budget, checkpoints
         self._can_trim = can_trim
         self._bytes_of_token = 0.0
@@ -78,11 +106,16 @@ class RamTier:
 
     def wants(self, tokens: TokenIds, kv: KVIdentity = BASE) -> bool:
         """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
-        budget = self.budget
-        if not budget or len(tokens) < WORTH_SAVING or len(tokens) * self._bytes_of_token > budget:
+        budget, same = self.budget, [entry for entry in self.entries if entry.kv == kv]
+        if len(tokens) < WORTH_SAVING or any(common_prefix(e.tokens, tokens) == len(tokens) for e in same):
             return False
-        same = [entry for entry in self.entries if entry.kv == kv]
-        return not any(common_prefix(entry.tokens, tokens) == len(tokens) for entry in same)
+        if budget and len(tokens) * self._bytes_of_token <= budget:
+            return True
+        return self.overflow is not None and self.overflow.wants(tokens, kv)
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether `entry` could be kept, be it for all others."""
+        return entry.n_bytes <= self.budget
 
     def put(
         self,
@@ -95,6 +128,9 @@ class RamTier:
         """Keep a sequence. What is a beginning of it is here no longer; the oldest make room."""
         entry = Entry(tokens, state, checkpoints, now, kv)
         self._bytes_of_token = state.nbytes / len(tokens)
+        if not self.takes(entry):
+            self._gone(entry)
+            return
         kept = [old for old in self.entries if old.kv != kv or common_prefix(old.tokens, tokens) < old.n]
         self._keep([*kept, entry])
         self.counts = replace(self.counts, saved=self.counts.saved + 1)
@@ -105,16 +141,20 @@ class RamTier:
         while self.n_bytes > self.budget or len(self.entries) > MOST:
             oldest = min(self.entries, key=lambda entry: entry.last_used)
             self._keep([entry for entry in self.entries if entry is not oldest])
-            self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+            self._gone(oldest)
 
     def find(self, prompt: TokenIds, kv: KVIdentity = BASE) -> tuple[Entry | None, int]:
         """The entry of `kv` that leads to the longest beginning of `prompt`, and its length: at most all but one."""
         best, longest = None, 0
         for entry in [entry for entry in self.entries if entry.kv == kv]:
-            length = self._usable(entry, min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
+            length = self.leads_to(entry, prompt)
             if length > longest:
                 best, longest = entry, length
         return best, longest
+
+    def leads_to(self, entry: Entry, prompt: TokenIds) -> int:
+        """How many of the first tokens of `prompt` can be had from `entry`; at most len(prompt) - 1."""
+        return self._usable(entry, min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
 
     def used(self, entry: Entry, n_tokens: int, now: int) -> None:
         entry.last_used = now
@@ -131,6 +171,11 @@ class RamTier:
             return length
         checkpoint = within(entry.checkpoints, length)
         return checkpoint.length if checkpoint is not None else 0
+
+    def _gone(self, entry: Entry) -> None:
+        self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+        if self.overflow is not None:
+            self.overflow.keep(entry)
 
     def _keep(self, entries: list[Entry]) -> None:
         self.entries = entries

@@ -25,6 +25,7 @@ from llama_worker._pace import Pace
 from llama_worker._progress_bar import progress_bar
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Change, Loaded, Service
+from llama_worker._transfers import open_disk, shelve
 
 logger = logging.getLogger("llama_worker")
 
@@ -108,7 +109,8 @@ def adopt(service: Service, loading: Loading) -> None:
     limits = model.engine.limits
     service.epoch = view.epoch
     scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20)
-    service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits))
+    disk = open_disk(service, view, scheduler)
+    service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits), disk=disk)
     service.abort = model.engine.abort_flag.raise_
     service.config = loading.config  # what was asked for: the next load may find more memory free
     service.idle_since = None
@@ -199,10 +201,12 @@ def let_go(service: Service) -> None:
 
 
 def unload(service: Service) -> None:
-    """Free the model. Its view lives on as long as somebody holds it."""
+    """Free the model; what it kept goes to the disk, where there is one. Its view lives on while somebody holds it."""
     loaded, service.loaded, service.abort = service.loaded, None, None
     if loaded is not None:
         try:
+            if service.state != "dead":
+                shelve(loaded)
             for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
                 loaded.close_sampler(generation)
         finally:

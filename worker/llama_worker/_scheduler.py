@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from llama_worker._commands import Generate
+from llama_worker._disk_tier import DiskTier
 from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._generation import Generation
 from llama_worker._identity import KVIdentity
@@ -69,6 +70,7 @@ class Scheduler:
             budget=budget,
         )
         self._limits = limits
+        self.disk: DiskTier | None = None
         self.pace = pace
         self.turns = Turns(pace)
         self._order = count()
@@ -102,10 +104,12 @@ class Scheduler:
 
         Without `newcomers` only to those who were preempted.
         """
+        if self.disk is not None:
+            self.disk.attend(self.waiting)
         for generation in [g for g in self.waiting if newcomers or g.has_begun]:
             if not self.cache.has_idle or not self._fits(generation):
                 break
-            if self._should_wait(generation):
+            if self._should_wait(generation) or self._waits_for_disk(generation):
                 continue
             loan = self._lend(generation)
             generation.slot = loan.slot
@@ -130,6 +134,11 @@ class Scheduler:
     def prefilled(self) -> list[Generation]:
         """Those who run and have all that they want: their prompts are computed."""
         return [g for g in self.running if g.is_prefill and not g.n_left]
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether nothing is to be done before the disk has answered."""
+        return self.disk is not None and not self.running and bool(self.waiting) and self.disk.is_reading
 
     @property
     def is_short_of_cells(self) -> bool:
@@ -238,8 +247,12 @@ class Scheduler:
         job = generation.command.job
         if job.pin is not None:
             self.cache.unpin(job.pin)  # it must not be in the way of its own session
+        fetched = None if self.disk is None else self.disk.take(generation)
         tokens, session = generation.tokens.view, job.request.session
-        return self.cache.lend(tokens, session, goes_on=generation.is_prefill, kv=generation.kv)
+        loan = self.cache.lend(tokens, session, goes_on=generation.is_prefill, kv=generation.kv, fetched=fetched)
+        if self.disk is not None and fetched is not None and loan.recalled is fetched:
+            self.disk.used(loan.reused)
+        return loan
 
     def _pin(self, generation: Generation, slot: Slot) -> None:
         job = generation.command.job
@@ -258,6 +271,10 @@ class Scheduler:
             if will - now >= WORTH_WAITING and not other.is_decoding and other.kv == generation.kv:
                 return True
         return False
+
+    def _waits_for_disk(self, generation: Generation) -> bool:
+        disk, tokens = self.disk, generation.tokens.view
+        return disk is not None and disk.is_awaited(generation, lambda: self.cache.kept_of(tokens, generation.kv))
 
     def _fits(self, generation: Generation) -> bool:
         """Whether the cells suffice for a newcomer beside what the running prompts still need."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_worker._channel import CommandChannel
-from llama_worker._commands import ChangeLora, Reload, Request
+from llama_worker._commands import ChangeLora, Reload, Request, Transfer
 from llama_worker._config import ModelConfig
+from llama_worker._disk import Disk
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.base import Engine, Loader
 from llama_worker._engine_calls import EngineCalls
@@ -45,6 +46,7 @@ class Loaded:
     scheduler: Scheduler
     embeds: EmbedQueue
     leaving: set[str] = field(default_factory=set)
+    disk: Disk | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -106,6 +108,7 @@ class Service:
     preparing: list[Request] = field(default_factory=list)
     renewed: list[Request] = field(default_factory=list)
     lora_changes: list[ChangeLora] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
     epoch: int = 0
     n_steps: int = 0
     n_aborts: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_worker._disk_tier import DiskHits
 from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._metrics import Answered, CacheMetrics, Metrics, Work
 from llama_worker._service import Service
@@ -42,6 +43,8 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
     cache = loaded.scheduler.cache
     idle = [slot for slot in cache.slots if not slot.busy]
     counts, checkpoints, tier = cache.counts, cache.checkpoints, cache.tier
+    disk, on_disk = loaded.disk, loaded.scheduler.disk
+    hits = DiskHits() if on_disk is None else on_disk.hits
     return CacheMetrics(
         cells=cache.cells.n,
         used=cache.cells.used,
@@ -61,8 +64,14 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         saved_bytes=tier.n_bytes,
         saved_dropped=tier.counts.dropped,
         saved_hits=tier.counts.hits,
-        restored_tokens=checkpoints.counts.restored_tokens + tier.counts.restored_tokens,
+        restored_tokens=checkpoints.counts.restored_tokens + tier.counts.restored_tokens + hits.restored_tokens,
         state_failures=checkpoints.counts.failed,
+        disk=0 if disk is None else len(disk.index),
+        disk_bytes=0 if disk is None else disk.n_bytes,
+        disk_hits=hits.hits,
+        disk_written=0 if disk is None else disk.written,
+        disk_dropped=0 if disk is None else disk.dropped,
+        disk_failures=0 if disk is None else disk.failures,
     )
 
 

@@ -18,6 +18,7 @@ from uuid import uuid4
 from llama_worker import _exit, _watchdog
 from llama_worker._admission import Admission
 from llama_worker._batch import Batch
+from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._channel import CommandChannel
 from llama_worker._commands import ChangeLora, Reload
 from llama_worker._config import ModelConfig, WorkerConfig
@@ -129,6 +130,7 @@ class LlamaWorker:
         # The desk holds what it needs, not the worker: a worker without users ends by reference count alone.
         observe = partial(_observed, self._service, self._published)
         self._desk = Desk(self._published, self._admission, self._preparer, observe)
+        self._transfer = CacheTransfer(self._channel, self._published.why_closed)
         body = guarded(run) if contain else run
         self._thread = threading.Thread(target=body, args=(self._service,), name="llama-worker", daemon=True)
         _exit.watch(self._service, self._thread)
@@ -588,6 +590,35 @@ class LlamaWorker:
         service.ended.add_done_callback(lambda _: exporter.close())
         return exporter.path
 
+    def export_cache(self, folder: str | Path | None = None) -> int:
+        """Write the states of everything that is kept, in slots and in RAM, into `folder`, or the model's cache_dir.
+
+        They stay kept here. A worker with the same model and settings, in this process or another, can `import_cache`
+        them, or be opened with that folder as its cache_dir. Returns how many prefixes there are. Blocks; running
+        requests wait while states are copied, not while they are written; the model's file is read once for its digest.
+        Raises InvalidRequestError without a folder, OSError, UnsupportedFeatureError for a model without states,
+        and what `info` raises.
+        """
+        return self._transfer.export_cache(self._view(), folder).result()
+
+    async def aexport_cache(self, folder: str | Path | None = None) -> int:
+        """The async twin of `export_cache`."""
+        view = await self._desk.prepared(_itself, None, None)
+        return await asyncio.wrap_future(self._transfer.export_cache(view, folder))
+
+    def import_cache(self, folder: str | Path | None = None) -> int:
+        """Take what `export_cache` wrote, or another worker's cache_dir, into RAM, as much as cache_ram holds.
+
+        What is damaged, or another model's, template's or setting's, is left out. Returns how many prefixes are kept.
+        Blocks and raises as `export_cache`.
+        """
+        return self._transfer.import_cache(self._view(), folder).result()
+
+    async def aimport_cache(self, folder: str | Path | None = None) -> int:
+        """The async twin of `import_cache`."""
+        view = await self._desk.prepared(_itself, None, None)
+        return await asyncio.wrap_future(self._transfer.import_cache(view, folder))
+
     def cancel_all(self) -> None:
         """Cancel every request that is queued or running now. Never blocks."""
         self._desk.cancel_all()
@@ -647,6 +678,10 @@ class LlamaWorker:
     def _shut_down(self) -> None:
         if not self._desk.is_inherited:
             _exit.interrupt(self._service)
+
+
+def _itself(view: ModelView) -> ModelView:
+    return view
 
 
 def _warmed(view: ModelView) -> bool:

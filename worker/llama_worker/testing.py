@@ -241,7 +241,7 @@ class FakeEngine:
         self.loras: dict[str, LoraInfo] = {}
         self.kv = BASE
         self._marks = [BASE.mark] * self.limits.n_seq
-        self._mark = fingerprint("fake", self.limits.n_vocab, self.limits.needs_checkpoints)
+        self._mark = fingerprint("fake", self.limits.state_mark, self.limits.n_vocab, self.limits.needs_checkpoints)
         self._new_cell = itertools.count()
         self._outputs: dict[int, bytes] = {}
         self._counts: dict[str, int] = {}
@@ -544,6 +544,7 @@ def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = 
         can_trim_restored=not hybrid,
         needs_checkpoints=hybrid,
         n_loras=0 if embedding else 8,
+        state_mark=fingerprint(config.model, config.type_k, config.type_v, config.flash_attn, config.swa_full),
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from llama_worker._config import ModelConfig
 from llama_worker._errors import GenerationError
+from llama_worker._errors import StateError as StateError
 from llama_worker._identity import KVIdentity
 from llama_worker._requests import SamplingParams
 
@@ -110,6 +111,7 @@ class EngineLimits:
     to where a partial state was saved, and nowhere else.
 
     `n_loras`: the most adapters that one sequence can be computed with; 0 where there can be none.
+    `state_mark`: differs between two engines of which one cannot read the other's states, also in another process.
     """
 
     n_ctx: int
@@ -129,14 +131,11 @@ class EngineLimits:
     can_trim_restored: bool = False
     needs_checkpoints: bool = False
     n_loras: int = 0
+    state_mark: bytes = b""
 
 
 class Aborted(GenerationError):
     """The abort flag ended this call; nothing is wrong with what it was given."""
-
-
-class StateError(GenerationError):
-    """A sequence could not be saved or restored. The worker goes on without."""
 
 
 class AbortFlag(Protocol):

@@ -99,6 +99,16 @@ class Library:
         self.short = _ShortCalls(api)
         self._pause = _pause_of_libgomp(api)
 
+    @functools.cached_property
+    def build(self) -> tuple[str, str]:
+        """The version, and what it was compiled for: CPU features and back-ends. Other builds round differently."""
+        return _installed_version(), self.api.llama_print_system_info().decode("utf-8", "replace")
+
+    @functools.cached_property
+    def offloads(self) -> bool:
+        """Whether there is anything that layers could be offloaded to."""
+        return bool(self.api.llama_supports_gpu_offload())
+
     def let_team_go(self) -> None:
         """End the OpenMP threads that wait beside the calling one; they come back when they are needed (10 us).
 

@@ -243,6 +243,7 @@ class LlamaEngine:
             can_trim_restored=generator.can_trim_restored if generator else False,
             needs_checkpoints=generator.needs_checkpoints if generator else False,
             n_loras=most_loras(self._info) if generator else 0,
+            state_mark=generator.state_mark if generator else b"",
         )
 
 
@@ -290,7 +291,8 @@ class _Generator:
         # busy Python thread keeps for 5 ms; a CPU is done by then.
         self._is_async: bool = api.llama_supports_gpu_offload()
         stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
-        self._states = ContextStates(lib, self._context, _state_mark(config, info))
+        self.state_mark = _state_mark(lib, config, info, self.n_ctx)
+        self._states = ContextStates(lib, self._context, self.state_mark)
         self.can_trim = self.can_save = self.needs_checkpoints = False  # until the memory has shown that it can
         self.can_trim = self._probe_trim() and not stateful
         drops = bool(self._window) and not config.swa_full
@@ -606,9 +608,13 @@ def _require_supported(api: Any, model: Pointer, info: ModelInfo) -> None:
         raise ModelLoadError(f"{info.name} ({info.architecture}) is a diffusion model; open a causal one")
 
 
-def _state_mark(config: ModelConfig, info: ModelInfo) -> bytes:
-    """What decides how a state is read: the model, the types of its cells, and how they are laid out."""
-    return fingerprint(info.digest, config.type_k, config.type_v, config.flash_attn, config.swa_full)
+def _state_mark(lib: Library, config: ModelConfig, info: ModelInfo, n_ctx: int) -> bytes:
+    """What decides how a state is read, and what it means: the model, the types of its cells and how they are laid
+    out, what they were rotated by (some models look at the size of the context), and the code that computed them.
+    """
+    cells = (config.type_k, config.type_v, config.flash_attn, config.swa_full, config.offload_kqv)
+    rotation = (config.rope_freq_base, config.rope_freq_scale, n_ctx)
+    return fingerprint(info.digest, cells, rotation, lib.build, config.n_gpu_layers if lib.offloads else 0)
 
 
 def _n_vocab(api: Any, model: Pointer) -> int:

@@ -1,0 +1,318 @@
+"""What a worker keeps can be taken along: to a folder, as bytes, into another worker; and only where it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llama_worker import InvalidRequestError, LlamaWorker, Message, StateError, UnsupportedFeatureError, WorkerClosed
+from llama_worker._commands import Export, Import
+from llama_worker._ram_tier import Entry, entry_of, saved_prefix
+from llama_worker.testing import Fault, Gate, fake_loader, fake_worker
+from tests.worker.test_going_back import alone, opened
+
+KINDS = ["plain", "window", "hybrid"]
+WORDS = "what was said about it before " * 10
+
+
+def told(bench: Any, *commands: Export | Import) -> list[Any]:
+    for command in commands:
+        assert bench.channel.command(command)
+    while not all(command.answer.done() for command in commands):
+        bench.step()
+    return [command.answer.result() for command in commands]
+
+
+def imported(*entries: Entry) -> Import:
+    """What another worker is told to keep, as it comes from a file."""
+    return Import(epoch=1, entries=tuple(entry_of(saved_prefix(entry, bytes(16))) for entry in entries))
+
+
+def conversation(i: int) -> list[Message]:
+    return [Message(role="user", content=f"{i} " + WORDS)]
+
+
+def ask(bench: Any, messages: list[Message]) -> Any:
+    sink, _ = bench.ask(messages)
+    bench.settle(sink)
+    return sink
+
+
+# --- the worker's side
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_is_kept_moves_to_another_worker(kind: str):
+    """What slots hold and what waits in RAM, each once; a next turn there computes what is new in it."""
+    bench = opened(kind, n_parallel=2)
+    histories = [conversation(i) for i in range(4)]
+    for history in histories:
+        history.append(Message(role="assistant", content=ask(bench, history).text))
+    (entries,) = told(bench, Export(epoch=1))
+    assert len(entries) == 4
+    other = opened(kind, n_parallel=2)
+    assert told(other, imported(*entries)) == [4]
+    for history in histories:
+        history.append(Message(role="user", content="and?"))
+        sink = ask(other, history)
+        assert sink.text == alone(history)
+        assert sink.terminal.usage.cached_tokens >= len(WORDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_is_found_wherever_it_is(kind: str):
+    """In a slot or in RAM; as much of it as there is; and who exports loses nothing."""
+    bench = opened(kind, n_parallel=2)
+    histories = [conversation(i) for i in range(3)]
+    turns = [[*history, Message(role="assistant", content=alone(history))] for history in histories]
+    for history in histories:
+        ask(bench, history)
+    for turn in turns:
+        prompt = bench.request(turn).job.prompt
+        (entries,) = told(bench, Export(epoch=1, tokens=prompt))
+        (entry,) = entries
+        assert len(WORDS) <= entry.n <= len(prompt)
+        assert np.array_equal(entry.tokens, prompt[: entry.n])
+        other = opened(kind)
+        assert told(other, imported(entry)) == [1]
+        sink = ask(other, turn)
+        assert (sink.text, sink.terminal.usage.cached_tokens >= entry.n) == (alone(turn), True)
+    for turn in turns:
+        assert ask(bench, turn).terminal.usage.cached_tokens >= len(WORDS)
+
+
+def test_nothing_of_others_is_in_an_exported_prefix():
+    """The slot goes on with what somebody else said."""
+    bench = opened("plain", n_parallel=2)
+    ask(bench, [*conversation(0), Message(role="assistant", content="a"), Message(role="user", content="my secret")])
+    prompt = bench.request(conversation(0)).job.prompt
+    ((entry,),) = told(bench, Export(epoch=1, tokens=prompt))
+    assert np.array_equal(entry.tokens, prompt[: entry.n])
+
+
+def test_what_nobody_keeps_is_no_prefix():
+    bench = opened("plain")
+    ask(bench, conversation(0))
+    assert told(bench, Export(epoch=1, tokens=bench.request("another one").job.prompt)) == [()]
+    assert told(bench, Export(epoch=2, tokens=bench.request(conversation(0)).job.prompt)) == [()]
+    assert told(bench, Export(epoch=2)) == [()]
+
+
+def test_an_export_waits_for_an_idle_slot_and_nobody_for_the_export():
+    bench = opened("plain", n_parallel=1)
+    sink, _ = bench.ask(conversation(0), max_tokens=30, ignore_eos=True)
+    bench.step(3)
+    command = Export(epoch=1, tokens=bench.request(conversation(0)).job.prompt)
+    assert bench.channel.command(command)
+    bench.step()
+    assert not command.answer.done()
+    bench.settle(sink, command.answer)
+    assert command.answer.result()[0].n >= len(WORDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_ram_tier_an_import_goes_into_a_slot(kind: str):
+    bench, other = opened(kind), opened(kind, cache_ram=0)
+    ask(bench, conversation(0))
+    (entries,) = told(bench, Export(epoch=1))
+    assert told(other, imported(*entries)) == [1]
+    history = [*conversation(0), Message(role="assistant", content=alone(conversation(0)))]
+    history.append(Message(role="user", content="and?"))
+    assert ask(other, history).text == alone(history)
+
+
+def test_an_import_that_finds_no_room_is_not_kept_and_disturbs_nobody():
+    bench, other = opened("plain"), opened("plain", cache_ram=0, n_parallel=1)
+    ask(bench, conversation(0))
+    (entries,) = told(bench, Export(epoch=1))
+    sink, _ = other.ask(conversation(1), max_tokens=30, ignore_eos=True)
+    other.step(3)
+    assert told(other, imported(*entries)) == [0]
+    other.settle(sink)
+    assert len(sink.text) == 30
+    tiny = opened("plain", n_ctx=256, cache_ram=1)
+    assert told(tiny, imported(*entries)) == [0], "longer than the context"
+
+
+def test_what_is_kept_already_is_not_kept_twice():
+    bench = opened("plain")
+    ask(bench, conversation(0))
+    (entries,) = told(bench, Export(epoch=1))
+    assert told(bench, imported(*entries)) == [1]
+    assert bench.scheduler.cache.tier.entries == []
+
+
+def test_no_request_is_lost_when_states_cannot_be_copied():
+    bench = opened("plain", faults=[Fault("seq_save", StateError("no room"))])
+    ask(bench, conversation(0))
+    assert told(bench, Export(epoch=1)) == [()]
+    assert ask(bench, conversation(0)).text == alone(conversation(0))
+
+
+def test_who_waits_for_an_export_hears_of_the_end():
+    bench = opened("plain", n_parallel=1)
+    bench.ask(conversation(0), max_tokens=30, ignore_eos=True)
+    bench.step(3)
+    commands = [Export(epoch=1, tokens=bench.request(conversation(0)).job.prompt), Export(epoch=1)]
+    for command in commands[:1]:
+        assert bench.channel.command(command)
+    bench.step()
+    assert bench.channel.command(commands[1])
+    bench.shut_down()
+    for command in commands:
+        assert isinstance(command.answer.exception(), WorkerClosed) or command.answer.result()
+
+
+# --- the callers' side
+
+
+@pytest.fixture
+def worker() -> Iterator[LlamaWorker]:
+    with fake_worker() as worker:
+        worker.generate(WORDS, max_tokens=16, ignore_eos=True)
+        yield worker
+
+
+def test_a_folder_carries_the_cache_to_another_worker(worker: LlamaWorker, tmp_path: Path):
+    assert worker.export_cache(tmp_path) == 1
+    assert worker.export_cache(str(tmp_path)) == 1, "again: the same file"
+    assert len(list(tmp_path.iterdir())) == 1
+    with fake_worker() as other:
+        assert other.import_cache(tmp_path) == 1
+        assert other.generate(WORDS, max_tokens=16).usage.cached_tokens == len(WORDS)
+
+
+async def test_the_async_twins_do_the_same_and_block_no_loop(worker: LlamaWorker, tmp_path: Path):
+    ticks, ended = 0, asyncio.Event()
+
+    async def tick() -> None:
+        nonlocal ticks
+        while not ended.is_set():
+            ticks += 1
+            await asyncio.sleep(0)
+
+    ticking = asyncio.create_task(tick())
+    assert await worker.aexport_cache(tmp_path) == 1
+    with fake_worker() as other:
+        assert await other.aimport_cache(tmp_path) == 1
+    ended.set()
+    await ticking
+    assert ticks > 2
+
+
+def test_the_config_names_the_folder(tmp_path: Path):
+    with fake_worker(cache_dir=str(tmp_path / "kept")) as worker:
+        worker.generate(WORDS, max_tokens=16)
+        assert worker.export_cache() == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_without_a_folder_it_is_asked_for(worker: LlamaWorker):
+    with pytest.raises(InvalidRequestError, match="cache_dir"):
+        worker.export_cache()
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error_and_no_more(worker: LlamaWorker, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError):
+        worker.export_cache(tmp_path / "file")
+    assert worker.generate(WORDS, max_tokens=4).usage.cached_tokens == len(WORDS)
+
+
+def test_a_folder_that_is_not_there_holds_nothing(worker: LlamaWorker, tmp_path: Path):
+    assert worker.import_cache(tmp_path / "nothing") == 0
+
+
+def test_an_import_takes_no_more_than_ram_is_for(tmp_path: Path):
+    with fake_worker(n_parallel=8) as worker:
+        for i in range(8):
+            worker.generate(f"{i} " * 1000, max_tokens=1)
+        assert worker.export_cache(tmp_path) == 8
+    with fake_worker(n_parallel=8, cache_ram=1) as other:
+        largest = max(file.stat().st_size for file in tmp_path.iterdir())
+        assert other.import_cache(tmp_path) == 8, f"8 of {largest} bytes"
+    with fake_worker(n_parallel=8, cache_ram=0) as none:
+        assert none.import_cache(tmp_path) == 0
+
+
+OTHERS = {
+    "model": {"model": "fake://other"},
+    "template": {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"},
+    "K type": {"type_k": "q8_0"},
+    "V type": {"type_v": "q8_0"},
+    "window": {"swa_full": False},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_anothers_is_never_used(other: str, worker: LlamaWorker, tmp_path: Path):
+    worker.export_cache(tmp_path)
+    view = worker._view()
+    data = worker._transfer.export_prefix(view, view.prompt_tokens(WORDS)).result()
+    assert data is not None
+    with fake_worker(**OTHERS[other]) as stranger:  # type: ignore[arg-type]
+        assert stranger.import_cache(tmp_path) == 0
+        with pytest.raises(StateError, match="another model"):
+            stranger._transfer.import_prefix(stranger._view(), data).result()
+        assert stranger.generate(WORDS, max_tokens=4).usage.cached_tokens == 0
+
+
+def test_a_prefix_travels_as_bytes(worker: LlamaWorker):
+    view = worker._view()
+    tokens = view.prompt_tokens(WORDS)
+    data = worker._transfer.export_prefix(view, tokens).result()
+    assert data is not None
+    with fake_worker() as other:
+        assert other._transfer.import_prefix(other._view(), data).result() == len(tokens)
+        assert other.generate(WORDS + "and more", max_tokens=4).usage.cached_tokens == len(tokens)
+        damaged = bytearray(data)
+        damaged[len(data) // 2] ^= 1
+        with pytest.raises(StateError, match="damaged"):
+            other._transfer.import_prefix(other._view(), bytes(damaged)).result()
+    assert worker._transfer.export_prefix(view, view.prompt_tokens("unheard of")).result() is None
+
+
+def test_a_closed_worker_says_so(tmp_path: Path):
+    worker = fake_worker()
+    view = worker._view()
+    worker.close()
+    with pytest.raises(WorkerClosed):
+        worker.export_cache(tmp_path)
+    futures: list[Future[Any]] = [
+        worker._transfer.export_cache(view, tmp_path),
+        worker._transfer.import_cache(view, tmp_path),
+    ]
+    for future in futures:
+        with pytest.raises(WorkerClosed):
+            future.result()
+
+
+def test_a_model_without_states_refuses(tmp_path: Path):
+    with fake_worker(loader=fake_loader(embedding=True)) as worker:
+        with pytest.raises(UnsupportedFeatureError):
+            worker.export_cache(tmp_path)
+
+
+def test_a_reload_in_between_leaves_nothing_of_the_former_model(tmp_path: Path):
+    with fake_worker() as worker:
+        worker.generate(WORDS, max_tokens=4)
+        former = worker._view()
+        worker.reload(model="fake://other")
+        assert worker._transfer.export_cache(former, tmp_path).result() == 0
+        assert worker._transfer.import_cache(former, tmp_path).result() == 0
+
+
+def test_an_unloaded_model_has_nothing_and_takes_nothing(tmp_path: Path):
+    gate = Gate()
+    with fake_worker(loader=fake_loader(gate=gate)) as worker:
+        worker.generate(WORDS, max_tokens=4)
+        assert worker.export_cache(tmp_path) == 1
+        entry = Entry(np.arange(10, dtype=np.int32), np.zeros(1, np.uint8), (), 0)
+        assert worker._channel.command(command := Import(epoch=7, entries=(entry,)))
+        assert command.answer.result(10) == 0

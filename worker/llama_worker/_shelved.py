@@ -1,0 +1,20 @@
+"""Shelved: a file with a saved prefix, as the index of its folder knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_worker._identity import BASE, KVIdentity
+from llama_worker._tokens import TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Shelved:
+    """A whole sequence of `tokens`, computed with `kv`; checkpoints at these numbers of them. `used`: when, in ns."""
+
+    name: str = ""
+    kv: KVIdentity = BASE
+    tokens: TokenIds
+    checkpoints: tuple[int, ...] = ()
+    n_bytes: int = 0
+    used: int = 0
