@@ -296,6 +296,20 @@ TOKEN_COST = Line(
     rounds=5,
 )
 
+SPECULATION = Line(
+    name="speculation",
+    title="One stream that copies its prompt, with drafts where they pay",
+    unit="tok/s",
+    shown="copy_tok_s",
+    contestants=(Contestant(name=OURS, script="ours", work="speculation"),),
+    claims=(
+        _ratio("copied text: of decoding without drafts", (OURS, "copy_tok_s"), (OURS, "copy_plain_tok_s"), 0.97),
+        _ratio("other text: of decoding without drafts", (OURS, "story_tok_s"), (OURS, "story_plain_tok_s"), 0.97),
+        _report("drafts that were right", (OURS, "acceptance")),
+    ),
+    rounds=5,
+)
+
 TWO_WORKERS = Line(
     name="two_workers",
     title="A chat and an embedding worker at once, against one after the other",
@@ -316,5 +330,6 @@ LINES = (
     BUSY,
     BUSY_ALL_CORES,
     TOKEN_COST,
+    SPECULATION,
     TWO_WORKERS,
 )

@@ -75,6 +75,9 @@ ONE_STREAM = Generation(streams=1, prompt_words=62, prompt_tokens=64, n_tokens=2
 EIGHT_STREAMS = Generation(streams=8, prompt_words=30, prompt_tokens=32, n_tokens=129, n_ctx=2048)
 BUSY = Generation(streams=4, prompt_words=14, prompt_tokens=16, n_tokens=65, n_ctx=512)
 
+COPY = Generation(streams=1, prompt_words=0, prompt_tokens=0, n_tokens=257, n_ctx=1024)
+COPY_ROUNDS = 3
+
 SCHEMA = Generation(streams=1, prompt_words=62, prompt_tokens=64, n_tokens=193, n_ctx=512)
 SCHEMA_ROUNDS = 3
 RECORDS = {
@@ -106,6 +109,11 @@ def story(n_words: int, *, seed: int) -> str:
     """Deterministic text of `n_words` words, each about one token of the demo model."""
     rng = random.Random(seed)
     return " ".join(rng.choice(WORDS) for _ in range(n_words))
+
+
+def copied() -> str:
+    """A record that stands there three times, so that a model goes on with it."""
+    return (story(80, seed=11) + ".\n") * 3
 
 
 def system_message() -> ChatMessage:

@@ -28,6 +28,7 @@ class ChatFields(GenerationFields):
         {
             "response_format",
             "loras",
+            "speculate",
             "strict",
             "tools",
             "tool_choice",

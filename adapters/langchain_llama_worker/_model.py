@@ -46,7 +46,8 @@ class GenerationFields(SamplingFields, ModelFields):
     choices or a grammar among others), or a class whose objects are wanted.
 
     `loras`: the LoRA adapters to generate with, {name: scale} or names alone, of those that `lora_paths` loads or
-    the worker's `add_lora` did. A call's replace the object's; {} is the model itself.
+    the worker's `add_lora` did. A call's replace the object's; {} is the model itself. `speculate`: False guesses
+    no tokens ahead, True whatever can be guessed, None as `speculation` says.
     """
 
     streaming: bool | None = None
@@ -54,8 +55,9 @@ class GenerationFields(SamplingFields, ModelFields):
     session_id: str | None = None
     response_format: Any = None
     loras: dict[str, float] | list[str] | str | None = None
+    speculate: bool | None = None
 
-    _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format", "loras"})
+    _asked_names: ClassVar[frozenset[str]] = frozenset({"response_format", "loras", "speculate"})
 
     @model_validator(mode="after")
     def _check_asked_fields(self) -> Self:
@@ -141,7 +143,7 @@ class GenerationFields(SamplingFields, ModelFields):
     def _asked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What is asked of the answer beside its sampling, as the worker's keywords. What nobody gave is not there."""
         wanted = core_format(self._said(kwargs, "response_format"), strict=kwargs.get("strict"))
-        asked = {"response_format": wanted, "loras": self._said(kwargs, "loras")}
+        asked = {"response_format": wanted, **{name: self._said(kwargs, name) for name in ("loras", "speculate")}}
         return {name: value for name, value in asked.items() if value is not None}
 
     def _said(self, kwargs: Mapping[str, Any], name: str) -> Any:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 from benchmarks import drive, workload
 from benchmarks.contestants.busy_thread import BusyThread
@@ -74,7 +75,7 @@ def agents(model: str, threads: str) -> Figures:
     from langchain_llama_worker import ChatLlamaWorker
 
     sizes = {"n_ctx": workload.AGENTS_N_CTX, "n_parallel": workload.AGENTS}
-    model_config = ModelConfig(model=model, n_threads=int(threads), **sizes)
+    model_config = ModelConfig(model=model, n_threads=int(threads), speculation="off", **sizes)
     with LlamaWorker(model_config) as worker:
         chat = ChatLlamaWorker(worker=worker, **GREEDY)
 
@@ -91,7 +92,7 @@ def agents(model: str, threads: str) -> Figures:
 def agents_core(model: str, threads: str) -> Figures:
     """The same without LangChain: what the framework costs."""
     sizes = {"n_ctx": workload.AGENTS_N_CTX, "n_parallel": workload.AGENTS}
-    with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), **sizes)) as worker:
+    with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), speculation="off", **sizes)) as worker:
         return drive.agents(Worker(worker).chat)
 
 
@@ -173,9 +174,28 @@ def _rate(complete: drive.Complete) -> float:
     return drive.streams_at_once(complete, workload.BUSY)["tok_s"]
 
 
-def _open(model: str, threads: str, work: Generation) -> LlamaWorker:
+def speculation(model: str, threads: str) -> Figures:
+    """One stream of a text that repeats its prompt, and of one that does not, each with and without drafts."""
+    figures: Figures = {}
+    with _open(model, threads, workload.COPY, speculation="auto") as worker:
+        for name, prompt in (("copy", workload.copied()), ("story", workload.story(200, seed=7))):
+            for _ in range(workload.COPY_ROUNDS):  # the first measures what drafts cost
+                with_, without = (_copied(worker, prompt, speculate) for speculate in (None, False))
+            figures |= {f"{name}_tok_s": with_, f"{name}_plain_tok_s": without}
+        figures["acceptance"] = worker.metrics().acceptance or 0.0
+    return figures
+
+
+def _copied(worker: LlamaWorker, prompt: str, speculate: bool | None) -> float:
+    began = time.perf_counter()
+    reply = worker.generate(prompt, max_tokens=workload.COPY.n_tokens, speculate=speculate, **GREEDY)
+    return reply.usage.completion_tokens / (time.perf_counter() - began)
+
+
+def _open(model: str, threads: str, work: Generation, speculation: Literal["auto", "off"] = "off") -> LlamaWorker:
+    """Without drafts, unless they are what is measured: peers decode every token by itself too."""
     sizes = {"n_ctx": work.n_ctx, "n_parallel": work.streams}
-    return LlamaWorker(ModelConfig(model=model, n_threads=int(threads), **sizes))
+    return LlamaWorker(ModelConfig(model=model, n_threads=int(threads), speculation=speculation, **sizes))
 
 
 if __name__ == "__main__":
@@ -188,6 +208,7 @@ if __name__ == "__main__":
             "agents_core": agents_core,
             "embeddings": embeddings,
             "cancel": cancel,
+            "speculation": speculation,
             "busy": busy,
             "two_workers": two_workers,
         }

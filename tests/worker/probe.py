@@ -55,8 +55,8 @@ class Probe:
             self.inner.abort_flag.raise_()
             self.n_aborted += 1
             return self.inner.decode(spans)
-        rows = np.cumsum([len(span.tokens) for span in spans]) - 1
-        self._outputs = [int(row) for row, span in zip(rows, spans, strict=True) if span.output]
+        ends = np.cumsum([len(span.tokens) for span in spans])
+        self._outputs = [row for end, span in zip(ends, spans, strict=True) for row in range(end - span.output, end)]
         return self.inner.decode([self._shifted(span) for span in spans])
 
     def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:

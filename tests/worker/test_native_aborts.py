@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llama_worker import GenerationError, InvalidRequestError, ModelConfig, ModelLoadError, SamplingParams
-from llama_worker._engine.base import DecodeStatus, Span, TokenIds
+from llama_worker._engine.base import MOST_DRAFTS, DecodeStatus, Span, TokenIds
 from llama_worker._engine.llama import LlamaEngine, load
 from llama_worker._engine.vocabulary import LlamaVocabulary
 
@@ -58,7 +58,9 @@ REFUSED_SPANS: dict[str, list[Span]] = {
     "overlap": [Span(0, 7, ids(1), True)],
     "start of an empty sequence": [Span(1, 1, ids(1), True)],
     "one sequence twice at one position": [Span(1, 0, ids(1), True), Span(1, 0, ids(2), True)],
-    "more outputs than sequences": [Span(1, i, ids(1), True) for i in range(5)],
+    "more outputs than sequences and drafts": [Span(1, i, ids(1), True) for i in range(4 + MOST_DRAFTS + 1)],
+    "more outputs than rows": [Span(1, 0, ids(1, 2), 3)],
+    "fewer outputs than none": [Span(1, 0, ids(1, 2), -1)],
     "no rows": [Span(1, 0, ids(), True)],
     "no spans": [],
 }

@@ -18,6 +18,7 @@ The house, from the outside in:
     _ram_tier      what was evicted, kept as bytes; _disk_tier beneath it, over _disk and _disk_store
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
+    _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams
     _reply         token -> text -> events; _streams is where the caller reads them
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
     _constraint/   tools and schemas as a grammar, and the tokens that it allows next

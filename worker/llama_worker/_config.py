@@ -24,6 +24,7 @@ from llama_worker._errors import ConfigError, FieldError
 
 T = TypeVar("T")
 KVType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"]
+Speculating: TypeAlias = Literal["auto", "off", "on"]
 Pooling: TypeAlias = Literal["model", "mean", "cls", "last"]
 LoraName: TypeAlias = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -100,6 +101,8 @@ class ModelConfig(Settings):
     settings; None: nothing leaves RAM. `cache_disk`: MiB that the folder may hold.
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
+    `speculation`: whether tokens of a reply are guessed from what its text repeats, and several computed at once;
+    never what is said. "auto" does it where it has been measured to pay, "on" wherever there is a guess.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
     `lora_paths`: LoRA adapters to load with the model, name -> path of a GGUF file (a mapping or pairs; kept as pairs
     in the order of names). They change nothing until a request asks for them (`GenerationRequest.loras`).
@@ -131,6 +134,7 @@ class ModelConfig(Settings):
     offload_kqv: bool = True
     rope_freq_base: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    speculation: Speculating = "auto"
     pooling: Pooling = "model"
     lora_paths: Annotated[tuple[tuple[LoraName, Annotated[str, Field(min_length=1)]], ...], Field(max_length=64)] = ()
     chat_template: str | None = None

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from llama_worker._engine.base import AbortFlag, DecodeStatus
+from llama_worker._engine.base import AbortFlag, DecodeStatus, Span
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
@@ -23,6 +23,7 @@ from llama_worker._logprobs import logprob_of
 from llama_worker._loras import names_of
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
+from llama_worker._tokens import common_prefix
 
 logger = logging.getLogger("llama_worker")
 
@@ -53,6 +54,8 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
     batch = _decode(service, loaded, batch)
     if batch is not None:
         _sample(loaded, scheduler.commit(batch))
+        if batch.n_drafts:
+            _sample_drafted(service, loaded, batch)
         take_checkpoints(loaded, batch)
 
 
@@ -147,7 +150,7 @@ def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatu
         service.calls.end()
     if status is DecodeStatus.OK:
         ended = service.clock()
-        loaded.scheduler.observe(batch.n_rows, (ended - started) * 1000)
+        loaded.scheduler.observe(batch, (ended - started) * 1000)
         service.meter.decoded(batch, started, ended)
     else:
         service.meter.not_decoded(status.name.lower())
@@ -160,8 +163,13 @@ def _raise_if_all_cancelled(flag: AbortFlag, parts: Iterable[Generation]) -> Non
 
 
 def _relieve(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
-    """The engine has no room for `batch` although the books said so: evict, halve, preempt, start over, fail."""
+    """The engine has no room for `batch` although the books said so.
+
+    Then without drafts; then evict, halve, preempt, start over, fail.
+    """
     scheduler = loaded.scheduler
+    if batch.n_drafts:
+        return scheduler.plan(batch.n_rows - batch.n_drafts)
     if freeing := scheduler.cache.evict(batch.n_rows):
         apply(loaded, freeing)
         return batch
@@ -212,6 +220,38 @@ def _sample(loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:
     """Choose every row's token, then say them all: a chain reads so much that it leaves cold caches behind."""
     for generation, token, logprob in [chosen for row, g in outputs if (chosen := _choose(loaded, row, g))]:
         _say(loaded, generation, token, logprob)
+
+
+def _sample_drafted(service: Service, loaded: Loaded, batch: Batch) -> None:
+    """Sample the spans that end in drafts, and take back the drafts that were not said."""
+    row = 0
+    for span, generation in zip(batch.spans, batch.parts, strict=True):
+        if span.output > 1:
+            service.meter.verified(span.output - 1, _sample_span(loaded, row, span, generation))
+        row += len(span.tokens)
+
+
+def _sample_span(loaded: Loaded, row: int, span: Span, generation: Generation) -> int:
+    """Sample row after row, as long as what was said so far is what was decoded. Returns how many behind the first.
+
+    A row says what follows the tokens up to it. So the next one counts only if all said tokens, the sampled and the
+    forced ones, stand in front of it; whatever is behind them in the slot is of another text.
+    """
+    slot = generation.slot
+    assert slot is not None
+    n, right, said = 0, 1, span.tokens[:1]
+    while right == len(said) and (chosen := _choose(loaded, row + right - 1, generation)) is not None:
+        generation.command.record.n_tokens += n > 0  # the first is counted already
+        n += 1
+        _say(loaded, *chosen)
+        said = generation.tokens.part(span.start, generation.tokens.n)
+        right = common_prefix(said, span.tokens)
+        if generation.slot is None:
+            break
+    # Who goes on has something left to decode.
+    right = min(right, len(said) - (generation.slot is not None))
+    apply(loaded, loaded.scheduler.take_back(slot, span.start + right))
+    return max(0, n - 1)
 
 
 def _choose(loaded: Loaded, row: int, generation: Generation) -> tuple[Generation, int, TokenLogprob | None] | None:

@@ -15,6 +15,7 @@ from llama_worker._errors import InvalidOutputError
 from llama_worker._events import Failed, Finished, FinishReason, TokenLogprob, Usage, reply_of
 from llama_worker._prefix_cache import Slot
 from llama_worker._reply import ReplyPipeline
+from llama_worker._speculation import Drafter
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 
 
@@ -29,6 +30,7 @@ class Generation:
         "cached",
         "cancel",
         "command",
+        "drafter",
         "guide",
         "is_prefill",
         "kv",
@@ -55,6 +57,7 @@ class Generation:
         self.kv = job.kv
         self.slot: Slot | None = None
         self.sampler: Sampler | None = None
+        self.drafter: Drafter | None = None  # of those who may be guessed
         self.cached: int | None = None
         self.passed_over = 0
         self.started_over = False

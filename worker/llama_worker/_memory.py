@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from llama_worker._config import ModelConfig
-from llama_worker._engine.base import ModelInfo
+from llama_worker._engine.base import ModelInfo, outputs_of
 from llama_worker._engine.embedding import can_embed, embedding_limits
 from llama_worker._engine.header import Header
 from llama_worker._free_memory import FreeMemory, free_memory
@@ -271,9 +271,9 @@ def _state_bytes(info: ModelInfo, header: Header) -> int:
 
 
 def _compute_bytes(info: ModelInfo, config: ModelConfig, header: Header, n_cells: int) -> int:
-    """The graph of a micro-batch, and a row of logits for each sequence, in the graph and copied out of it."""
+    """The graph of a micro-batch, and the rows of logits of a decode, in the graph and copied out of it."""
     rows = min(config.n_ubatch, config.n_batch)
-    return _graph_bytes(info, config, header, rows, n_cells) + 2 * _FLOAT * config.n_parallel * info.n_vocab
+    return _graph_bytes(info, config, header, rows, n_cells) + 2 * _FLOAT * outputs_of(config) * info.n_vocab
 
 
 def _graph_bytes(info: ModelInfo, config: ModelConfig, header: Header, rows: int, cells: int) -> int:

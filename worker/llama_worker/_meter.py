@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from llama_worker._metrics import BOUNDS, Answered, Distribution, Work
+from llama_worker._metrics import BOUNDS, Answered, Distribution, Drafts, Work
 from llama_worker._record import Answer, Record
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Meter:
         self.reloads_failed = 0
         self.last_step: float | None = None
         self._work = (0, 0, 0, 0.0, 0.0)
+        self._drafts = (0, 0)
         self._answering = threading.Lock()
 
     @property
@@ -70,6 +71,11 @@ class Meter:
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
         )
+
+    @property
+    def drafts(self) -> Drafts:
+        drafted, accepted = self._drafts
+        return Drafts(drafted_tokens=drafted, accepted_drafts=accepted)
 
     def begun(self, record: Record, submitted: float, now: float) -> None:
         """The request got its first slot; called again, it does nothing."""
@@ -92,12 +98,21 @@ class Meter:
                 self.time_to_first_token.add(ended - generation.command.submitted)
             else:
                 before[last] = before.get(last, 0) + 1
-                decoding += len(span.tokens) == 1
+                decoding += len(span.tokens) == 1 or span.output > 1
         for last, times in before.items():
             self.inter_token.add(ended - last, times)
         self.step_time.add(ended - started)
-        self._note_work(batch.n_rows - decoding, decoding, ended - started)
+        self._note_work(batch.n_rows - batch.n_drafts - decoding, decoding, ended - started)
         self.last_step = ended
+
+    def verified(self, n_drafts: int, n_accepted: int) -> None:
+        """Behind a row of the last step were `n_drafts` drafts, and `n_accepted` more rows were sampled for them."""
+        drafted, accepted = self._drafts
+        self._drafts = drafted + n_drafts, accepted + n_accepted
+        decodes, prefill_tokens, decode_tokens, prefill_seconds, decode_seconds = self._work
+        self._work = (decodes, prefill_tokens, decode_tokens + n_accepted, prefill_seconds, decode_seconds)
+        if n_accepted:
+            self.inter_token.add(0.0, n_accepted)
 
     def not_decoded(self, status: str) -> None:
         """The engine returned `status` instead."""

@@ -105,7 +105,23 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metrics(Answered, Work):
+class Drafts:
+    """Tokens that were guessed and decoded along, and how many of them were then sampled.
+
+    Accepted ones count as `decode_tokens`, with no time between them and the one before; the others count nowhere.
+    """
+
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafts that were right; None when nothing was drafted."""
+        return self.accepted_drafts / self.drafted_tokens if self.drafted_tokens else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Answered, Work, Drafts):
     """A snapshot of everything that a worker counts.
 
     `accepted` requests came through the channel, `refused` met QueueFull; `accepted - answered` are under way.

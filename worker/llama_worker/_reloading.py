@@ -25,6 +25,7 @@ from llama_worker._pace import Pace
 from llama_worker._progress_bar import progress_bar
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Change, Loaded, Service
+from llama_worker._speculation import Speculation
 from llama_worker._transfers import open_disk, shelve
 
 logger = logging.getLogger("llama_worker")
@@ -108,7 +109,8 @@ def adopt(service: Service, loading: Loading) -> None:
     model, view = loading.take()
     limits = model.engine.limits
     service.epoch = view.epoch
-    scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20)
+    speculation = Speculation.of(limits, view.config.speculation)
+    scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20, speculation)
     disk = open_disk(service, view, scheduler)
     service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits), disk=disk)
     service.abort = model.engine.abort_flag.raise_

@@ -267,6 +267,7 @@ class GenerationRequest(Settings):
 
     `loras`: the LoRA adapters to generate with, by the names that they were loaded under, each with its scale: a
     mapping, or names alone for the scale 1. Without it, none: the model itself.
+    `speculate`: False guesses nothing of this reply, True whatever can be guessed, None as its ModelConfig says.
 
     `timeout` is in seconds and includes the time in the queue. `session` names whom it is for: sessions that
     wait take turns. Without one it belongs to the thread that submits it, which for all tasks of an event loop
@@ -286,6 +287,7 @@ class GenerationRequest(Settings):
     reasoning_budget: Annotated[int | None, Field(ge=0, le=2**24)] = None
     template_variables: dict[str, Any] = Field(default_factory=dict)
     loras: Annotated[tuple[tuple[LoraName, _Scale], ...], Field(max_length=64)] = ()
+    speculate: bool | None = None
     timeout: _Timeout = None
     session: _Session = None
     priority: _Priority = 0

@@ -26,7 +26,8 @@ from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._generation import Generation
 from llama_worker._identity import KVIdentity
 from llama_worker._pace import Pace
-from llama_worker._prefix_cache import KVOp, Loan, PrefixCache, Slot
+from llama_worker._prefix_cache import KVOp, Loan, PrefixCache, Slot, Trim
+from llama_worker._speculation import Speculation
 from llama_worker._turns import Turns
 
 PATIENCE = 8
@@ -41,11 +42,15 @@ RESERVE = 32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows for one decode call. `parts[i]` is the generation that `spans[i]` belongs to."""
+    """Rows for one decode call. `parts[i]` is the generation that `spans[i]` belongs to.
+
+    `n_drafts` of the rows are guesses: at the end of spans with more than one output.
+    """
 
     spans: tuple[Span, ...]
     parts: tuple[Generation, ...]
     n_rows: int
+    n_drafts: int = 0
 
     @property
     def kv(self) -> KVIdentity:
@@ -56,7 +61,9 @@ class Batch:
 class Scheduler:
     """The waiting and the running generations of one engine. The worker thread's."""
 
-    def __init__(self, limits: EngineLimits, pace: Pace, budget: int = 0) -> None:
+    def __init__(
+        self, limits: EngineLimits, pace: Pace, budget: int = 0, speculation: Speculation | None = None
+    ) -> None:
         self.waiting: list[Generation] = []
         self.running: list[Generation] = []
         self.cache = PrefixCache(
@@ -73,6 +80,7 @@ class Scheduler:
         self.disk: DiskTier | None = None
         self.pace = pace
         self.turns = Turns(pace)
+        self.speculation = speculation
         self._order = count()
 
     def __repr__(self) -> str:
@@ -95,6 +103,10 @@ class Scheduler:
     def add(self, command: Generate, vocabulary: Vocabulary) -> Generation:
         """Let a request wait here for a slot."""
         generation = Generation(command, vocabulary, next(self._order))
+        if self.speculation is not None:
+            generation.drafter = self.speculation.drafter(
+                generation.tokens, generation.n_prompt + command.job.max_tokens, command.job.request.speculate
+            )
         self.waiting.append(generation)
         return generation
 
@@ -160,7 +172,10 @@ class Scheduler:
         return ops
 
     def plan(self, most_rows: int | None = None) -> Batch | None:
-        """The rows of the next step, at most `most_rows`; None when nobody runs. Changes nothing."""
+        """The rows of the next step, at most `most_rows`; None when nobody runs. Changes nothing.
+
+        Tokens are drafted while nobody's prompt is computed, but not where `most_rows` says that there is no room.
+        """
         room = min(most_rows or self._limits.n_batch, self._limits.n_batch, self.cache.cells.free)
         decoding: list[Generation] = []
         prefilling: list[Generation] = []
@@ -174,16 +189,24 @@ class Scheduler:
         if not parts:
             return None
         spans = tuple([_span(g, n) for g, n in parts])
-        return Batch(spans, tuple([g for g, _ in parts]), sum([n for _, n in parts]))
+        n_rows = sum([n for _, n in parts])
+        n_drafts = 0
+        if self.speculation is not None and not prefilling and most_rows is None:
+            spans = self.speculation.extended(spans, decoding[: len(parts)], room - n_rows)
+            n_drafts = sum([len(span.tokens) for span in spans]) - n_rows
+        return Batch(spans, tuple([g for g, _ in parts]), n_rows + n_drafts, n_drafts)
 
     def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
-        """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now."""
+        """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now.
+
+        Not those with drafts behind them, which are sampled one after the other.
+        """
         row, outputs = 0, []
         for span, generation in zip(batch.spans, batch.parts, strict=True):
             assert generation.slot is not None
             self.cache.extend(generation.slot, span.tokens)
             row += len(span.tokens)
-            if span.output:
+            if span.output == 1:
                 outputs.append((row - 1, generation))
         if len(batch.parts) < len(self.running):
             served = set(map(id, batch.parts))
@@ -238,10 +261,19 @@ class Scheduler:
         else:
             self.cache.truncate(generation.slot, resident)
 
-    def observe(self, n_rows: int, milliseconds: float) -> None:
-        """A step of `n_rows` took so long: the measure for the next prompts' chunks."""
-        self.pace.observe(n_rows, milliseconds)
+    def take_back(self, slot: Slot, length: int) -> tuple[KVOp, ...]:
+        """The slot holds its first `length` tokens only: those behind them were guessed wrong."""
+        if length == slot.n:
+            return ()
+        self.cache.truncate(slot, length)
+        return (Trim(slot.seq, length),)
+
+    def observe(self, batch: Batch, milliseconds: float) -> None:
+        """A step took so long: the measure for the next prompts' chunks, for turns and for drafts."""
+        self.pace.observe(batch.n_rows, milliseconds)
         self.turns.spent(milliseconds)
+        if self.speculation is not None and batch.n_rows == len(batch.parts) + batch.n_drafts:
+            self.speculation.observe(batch.n_rows, milliseconds)
 
     def _lend(self, generation: Generation) -> Loan:
         job = generation.command.job

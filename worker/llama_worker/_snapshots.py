@@ -9,14 +9,18 @@ import numpy as np
 
 from llama_worker._disk_tier import DiskHits
 from llama_worker._lora_metrics import LoraMetrics
-from llama_worker._metrics import Answered, CacheMetrics, Metrics, Work
+from llama_worker._metrics import Answered, CacheMetrics, Drafts, Metrics, Work
 from llama_worker._service import Service
 
 
 def metrics_of(service: Service) -> Metrics:
     meter, channel = service.meter, service.channel
     # Answers before acceptances: nothing that is answered here can be missing there.
-    counted = {**_fields_of(meter.answers, Answered), **_fields_of(meter.work, Work)}
+    counted = {
+        **_fields_of(meter.answers, Answered),
+        **_fields_of(meter.work, Work),
+        **_fields_of(meter.drafts, Drafts),
+    }
     return Metrics(
         **counted,
         accepted=channel.n_accepted,

@@ -177,6 +177,8 @@ class ModelView:
         """
         if not self.limits.generates:
             raise UnsupportedFeatureError("generation", f"{self.info.name} is an embedding model; open a chat model")
+        if request.speculate:
+            self._require_speculation()
         format = PLAIN if request.messages is None else self.format
         check_request(request, format)
         kv = chosen(request, self.loras, self.limits)
@@ -209,6 +211,12 @@ class ModelView:
             check_call=plan.check_call,
             check_text=plan.check_text,
         )
+
+    def _require_speculation(self) -> None:
+        if self.config.speculation == "off":
+            raise InvalidRequestError("speculate", True, "the model was opened with speculation='off'; use 'auto'")
+        if not self.limits.can_trim:
+            raise UnsupportedFeatureError("speculate", f"{self.info.name} cannot take tokens back; leave it out")
 
     def _rendered_for(
         self,

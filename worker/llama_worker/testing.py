@@ -38,6 +38,7 @@ from llama_worker._engine.base import (
     Span,
     StateError,
     TokenIds,
+    outputs_of,
 )
 from llama_worker._engine.state import Unsealed, fingerprint, opened
 from llama_worker._errors import GenerationError, InvalidRequestError, LoraLoadError, UnsupportedFeatureError
@@ -477,11 +478,13 @@ class FakeEngine:
     def _validate(self, spans: Sequence[Span]) -> None:
         if sum(len(span.tokens) for span in spans) > self.limits.n_batch:
             raise ValueError("more rows than n_batch")
-        if sum(span.output for span in spans) > self.limits.n_seq:
-            raise ValueError("more outputs than sequences")
+        if sum(span.output for span in spans) > self.limits.n_outputs:
+            raise ValueError("more outputs than n_outputs")
         for span in spans:
             if not 0 <= span.seq < self.limits.n_seq:
                 raise ValueError(f"sequence {span.seq} is out of range")
+            if not 0 <= span.output <= len(span.tokens):
+                raise ValueError(f"{span.output} outputs of {len(span.tokens)} rows")
             if not len(span.tokens) or span.start != len(self._seqs[span.seq]):
                 raise ValueError(f"position {span.start} does not continue sequence {span.seq}")
             if span.tokens.min() < 0 or span.tokens.max() >= self.limits.n_vocab:
@@ -498,10 +501,11 @@ class FakeEngine:
             self._states[span.seq].extend(span.tokens.tolist())
             row += len(span.tokens)
             self.n_rows += len(span.tokens)
-            if span.output:
-                tokens, state = [r.token for r in held], self._states[span.seq]
+            for back in range(span.output):  # the last row, the one before it, …
+                tokens, state = [r.token for r in held[: len(held) - back]], self._states[span.seq]
+                state = state[: len(state) - back]
                 seen = np.array(tokens if state == tokens else tokens + state, np.int32).tobytes()
-                self._outputs[row - 1] = seen + self.kv.mark if self.kv.loras else seen
+                self._outputs[row - 1 - back] = seen + self.kv.mark if self.kv.loras else seen
 
     def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
         """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
@@ -531,6 +535,7 @@ def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = 
         n_batch=config.n_batch,
         n_ubatch=config.n_ubatch,
         n_seq=config.n_parallel,
+        n_outputs=outputs_of(config),
         n_vocab=ByteTokenizer.n_tokens,
         n_embd=16,
         can_trim=not hybrid,

@@ -400,6 +400,7 @@ def test_a_call_without_any_of_it_asks_for_nothing() -> None:
         ("enable_thinking", False),
         ("reasoning_budget", 0),
         ("template_variables", {"x": 1}),
+        ("speculate", False),
         ("response_format", {"type": "json_object"}),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ TokenIds: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Mask: TypeAlias = NDArray[np.uint8]
 """One bit for each token, set where it is allowed: bit i of byte j is token 8j+i; (n_vocab + 7) // 8 bytes."""
+MOST_DRAFTS: Final = 15
+"""Tokens in one decode that are only guessed; with the row in front of them 16, which suits every kernel."""
 SavedState: TypeAlias = NDArray[np.uint8]
 """A sequence as bytes, sealed (see `_engine/state.py`) and not to be written to."""
 
@@ -86,20 +88,21 @@ class DecodeStatus(enum.IntEnum):
 class Span(NamedTuple):
     """Consecutive rows of one sequence: `tokens` at positions `start`, `start`+1, …
 
-    With `output` the last row's logits are computed.
+    The logits of the last `output` rows are computed: True is the last row's.
     """
 
     seq: int
     start: int
     tokens: TokenIds
-    output: bool
+    output: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """What the loaded context offers, read back from it after creation.
 
-    `n_ctx` cells in all, `n_batch` rows a call, `n_seq` sequences (seq ids 0 … n_seq-1).
+    `n_ctx` cells in all, `n_batch` rows a call, `n_seq` sequences (seq ids 0 … n_seq-1), `n_outputs` rows of logits
+    a call: one for each sequence, and those of drafts.
     `can_trim`: a sequence's tail can be removed (not so for recurrent and hybrid models).
     `can_share`: `seq_share` of a prefix works and costs no memory.
     `generates` / `embeds`: which of the two kinds of request the model can serve.
@@ -118,6 +121,7 @@ class EngineLimits:
     n_batch: int
     n_ubatch: int
     n_seq: int
+    n_outputs: int
     n_vocab: int
     n_embd: int
     can_trim: bool
@@ -132,6 +136,11 @@ class EngineLimits:
     needs_checkpoints: bool = False
     n_loras: int = 0
     state_mark: bytes = b""
+
+
+def outputs_of(config: ModelConfig) -> int:
+    """How many rows of logits a decode has at most. Each takes twice the size of the vocabulary in floats."""
+    return config.n_parallel + (0 if config.speculation == "off" else MOST_DRAFTS)
 
 
 class Aborted(GenerationError):

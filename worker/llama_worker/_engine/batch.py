@@ -45,7 +45,7 @@ class Batch:
             self._tokens[row:end] = tokens
             self._positions[row:end] = np.arange(start, start + n, dtype=np.int32)
             self._outputs[row:end] = 0
-            self._outputs[end - 1] = output
+            self._outputs[end - output : end] = 1
             self._seq_pointers[row:end] = self._seq_address[seq]
             row = end
         self.native.n_tokens = row

@@ -32,6 +32,7 @@ from llama_worker._engine.base import (
     Span,
     StateError,
     TokenIds,
+    outputs_of,
 )
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
@@ -230,6 +231,7 @@ class LlamaEngine:
             n_batch=generator.n_batch if generator else 0,
             n_ubatch=generator.n_ubatch if generator else 0,
             n_seq=generator.n_seq if generator else 0,
+            n_outputs=generator.n_outputs if generator else 0,
             n_vocab=self._n_vocab,
             n_embd=self._lib.api.llama_model_n_embd_out(self._model),
             can_trim=generator.can_trim_anywhere if generator else False,
@@ -270,7 +272,7 @@ class _Generator:
         self.n_batch: int = api.llama_n_batch(self._context)
         self.n_ubatch: int = api.llama_n_ubatch(self._context)
         self.n_seq: int = api.llama_n_seq_max(self._context)
-        self._n_outputs: int = params.n_outputs_max
+        self.n_outputs: int = params.n_outputs_max
         vocab = _sampling_vocab(lib, model, self.n_ctx)
         self._n_vocab = vocab.n_tokens
         self._batch = Batch(lib, self.n_batch, self.n_seq)
@@ -463,11 +465,15 @@ class _Generator:
                 raise ValueError(f"token ids {low} … {high}: the model has 0 … {self._n_vocab - 1}")
             ends[seq] = start + n
             rows += n
-            if output:
+            if output == 1:
                 outputs.append(rows - 1)
-        if not 0 < rows <= self.n_batch or len(outputs) > self._n_outputs:
+            elif output:
+                if not 0 < output <= n:
+                    raise ValueError(f"output={output}: the span has {n} rows")
+                outputs.extend(range(rows - output, rows))
+        if not 0 < rows <= self.n_batch or len(outputs) > self.n_outputs:
             raise ValueError(
-                f"{rows} rows, {len(outputs)} outputs: at most {self.n_batch} rows and {self._n_outputs} outputs a call"
+                f"{rows} rows, {len(outputs)} outputs: at most {self.n_batch} rows and {self.n_outputs} outputs a call"
             )
         return ends, outputs
 
@@ -536,7 +542,7 @@ class _Generator:
         address = self._lib.short.llama_get_logits(self._context)
         if address != self._address:
             self._address = address
-            self._views = _rows(address, self._n_outputs, self._n_vocab)
+            self._views = _rows(address, self.n_outputs, self._n_vocab)
         return self._views
 
 
@@ -588,7 +594,7 @@ def _generation_params(api: Any, config: ModelConfig) -> Any:
     params.n_ctx = -(-n_cells // 256) * 256
     params.n_batch = config.n_batch
     params.n_ubatch = min(config.n_ubatch, config.n_batch)
-    params.n_seq_max = params.n_outputs_max = config.n_parallel
+    params.n_seq_max, params.n_outputs_max = config.n_parallel, outputs_of(config)
     params.n_threads, params.n_threads_batch = threads(config)
     params.flash_attn_type = _FLASH_ATTN[config.flash_attn]
     params.type_k = _KV_TYPES[config.type_k]

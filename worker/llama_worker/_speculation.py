@@ -1,0 +1,286 @@
+"""Speculation: guessed tokens that are decoded behind the last one, where that gives more tokens in the same time.
+
+A text that repeats itself, or its prompt, can be guessed: what followed the last three tokens before may follow
+again (see `_ngrams`). The guesses, called drafts, are rows of the same decode; each row is sampled as ever, by
+the reply's own sampler, and when a draft is not what was sampled, it and all behind it are thrown away. So what
+is said does not depend on drafts, only when.
+
+What they cost differs by machine: on a GPU 16 rows may take as long as one, on two CPU cores 4 rows take nearly
+as long as 4 steps. So nothing is believed, all is measured in the work itself:
+
+    costs        what a step of so many rows takes. What is not known is believed to be free, so that it is tried,
+                 twice, and again after a while that doubles each time
+    acceptance   of each reply, how far its guesses came true lately, drafted or not
+
+and `how_many` takes the number of drafts that gives most tokens a millisecond, which mostly is none. Where not
+even perfect guesses would pay, nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from llama_worker._config import Speculating
+from llama_worker._engine.base import MOST_DRAFTS, EngineLimits, Span
+from llama_worker._ngrams import NOTHING, NgramIndex
+from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
+
+if TYPE_CHECKING:
+    from llama_worker._generation import Generation
+
+logger = logging.getLogger("llama_worker")
+
+SIZES: Final = (1, 3, 7, 15)
+"""So many drafts are tried in one step: with the row before them what kernels like. The last is MOST_DRAFTS."""
+
+FIRST_TRIAL: Final = 7
+"""Drafts of the first trial: fewer say little of what more of them cost, for kernels compute rows by eights."""
+
+MARGIN: Final = 1.1
+"""Drafts must promise so much more tokens a millisecond than there are without."""
+
+FASTEST: Final = 1.0
+"""Milliseconds of a step below which guessing itself takes too much of what it could save."""
+
+LIKELY: Final = 0.2
+"""Where drafts need not pay they must still be as likely as this, all but the first of them."""
+
+FIRST_CHANCE: Final = 0.5
+_MEMORY: Final = 0.15  # weight of the newest guess in `Drafter.chances`
+_RISE: Final = 0.1  # weight of a step that took longer than known; a shorter one counts whole
+_TRIALS: Final = 2  # the first step of a new size makes llama.cpp build its graph
+_PATIENCE: Final = 256  # steps after which a size is tried again, doubled each time
+_MOST_PATIENCE: Final = 1 << 16
+_LOOK: Final = 16  # steps between two looks at whether drafts could pay
+
+
+class Costs:
+    """What steps of so many rows took, in milliseconds, up to `most` rows. Hiccups raise them little."""
+
+    __slots__ = ("_due", "_ms", "_seen", "n_steps")
+
+    def __init__(self, most: int) -> None:
+        self._ms = [0.0] * (most + 1)
+        self._seen = [0] * (most + 1)
+        self._due = [0] * (most + 1)
+        self.n_steps = 0
+
+    def observe(self, rows: int, milliseconds: float) -> None:
+        """A step of `rows` rows, each with an output, took so long."""
+        self.n_steps += 1
+        seen, known = self._seen[rows], self._ms[rows]
+        self._ms[rows] = milliseconds if not seen or milliseconds < known else known + _RISE * (milliseconds - known)
+        self._seen[rows] = seen + 1
+        self._due[rows] = self.n_steps + min(_PATIENCE << min(seen, 16), _MOST_PATIENCE)
+
+    def known(self, rows: int) -> float | None:
+        """What it took, lately or long ago; None when it was not tried often enough."""
+        return self._ms[rows] if self._seen[rows] >= _TRIALS else None
+
+    def expected(self, rows: int, n: int, base: float) -> float:
+        """What `rows` rows will take, where `n` take `base`.
+
+        Between sizes that are known the cost is thought to grow evenly, and beyond a large one as it did up to it.
+        Where none is known that says anything, FIRST_TRIAL more rows are thought to be free, so that they are tried.
+        """
+        known = [size for size in range(n + 1, len(self._ms)) if self._is_fresh(size)]
+        above = next((size for size in known if size >= rows), 0)
+        below = max((size for size in known if size < rows), default=n)
+        if above:
+            return self._line(below, above, rows, n, base)
+        if below >= n + FIRST_TRIAL:
+            return self._line(n, below, rows, n, base)
+        return base if rows <= n + FIRST_TRIAL else math.inf
+
+    def _line(self, a: int, b: int, rows: int, n: int, base: float) -> float:
+        low, high = base if a == n else self._ms[a], self._ms[b]
+        return max(base, low + (high - low) * (rows - a) / (b - a))
+
+    def _is_fresh(self, rows: int) -> bool:
+        return self._seen[rows] >= _TRIALS and self.n_steps < self._due[rows]
+
+
+def how_many(n: int, chances: Sequence[float], base: float, cost: Callable[[int], float]) -> int:
+    """How many of `chances`, the greatest first, to add to a step of `n` rows that takes `base`.
+
+    A chance is that of one draft to be kept. Returns the number that gives most tokens for what `cost` says of its
+    rows, one of SIZES, or 0 when nothing beats no drafts by MARGIN.
+    """
+    best, chosen, tokens, taken = MARGIN * n / base, 0, float(n), 0
+    for size in SIZES:
+        if size > len(chances):
+            break
+        tokens += sum(chances[taken:size])
+        taken = size
+        if (rate := tokens / cost(n + size)) > best:
+            best, chosen = rate, size
+    return chosen
+
+
+class Drafter:
+    """What one reply is expected to say, and how far such guesses came true lately.
+
+    `always`: its drafts need not pay. `chances[k]`: how often the first k+1 tokens of a guess were all right, where
+    there was a guess. A guess that was not drafted is followed all the same, as far as a first trial would go.
+    """
+
+    __slots__ = ("_at", "_drafted", "_guess", "_index", "_most", "_tokens", "always", "chances")
+
+    def __init__(self, tokens: TokenBuffer, most: int, *, always: bool) -> None:
+        self.always = always
+        self.chances = [FIRST_CHANCE ** (k + 1) for k in range(MOST_DRAFTS)]
+        self._tokens = tokens
+        self._most = most
+        self._index: NgramIndex | None = None  # made when first asked
+        self._guess: TokenIds = NOTHING
+        self._at = 0
+        self._drafted = False
+
+    @property
+    def n_likely(self) -> int:
+        """How many drafts are worth a row where rows cost nothing; at least one."""
+        return max(1, sum(chance >= LIKELY for chance in self.chances))
+
+    def propose(self, most: int) -> TokenIds:
+        """At most `most` tokens that may come next. Asked again with nothing new, it answers the same."""
+        if len(self._guess):
+            self._look_back()
+        if self._index is None:
+            self._index = NgramIndex(self._tokens, self._most)
+        guess = self._index.propose(most)
+        if not len(self._guess) and len(guess):
+            self._follow(guess, drafted=False)
+        return guess
+
+    def drafts(self, guess: TokenIds) -> None:
+        """`guess`, proposed just now, is decoded, or the first of it."""
+        self._follow(guess, drafted=True)
+
+    def _follow(self, guess: TokenIds, *, drafted: bool) -> None:
+        self._guess, self._at, self._drafted = guess, self._tokens.n, drafted
+
+    def _look_back(self) -> None:
+        """Learn from the guess that is followed, if it is known how far it came true."""
+        came = self._tokens.part(self._at, self._tokens.n)
+        right = common_prefix(came, self._guess)
+        refuted = right < min(len(came), len(self._guess))
+        if refuted or (len(came) and self._drafted) or right >= min(len(self._guess), FIRST_TRIAL):
+            self._learn(right, refuted=refuted)
+            self._guess = NOTHING
+
+    def _learn(self, right: int, *, refuted: bool) -> None:
+        for k in range(MOST_DRAFTS if refuted else right):
+            self.chances[k] += _MEMORY * ((k < right) - self.chances[k])
+
+
+class Speculation:
+    """Decides for one loaded model who drafts how much. Pure; the worker thread's."""
+
+    def __init__(self, limits: EngineLimits, *, always: bool = False) -> None:
+        self._always = always
+        self._n_outputs = limits.n_outputs
+        self.costs = Costs(limits.n_outputs)
+        self._looked: dict[int, tuple[int, float | None]] = {}  # by rows: until which step it holds, and what
+
+    @classmethod
+    def of(cls, limits: EngineLimits, how: Speculating) -> Speculation | None:
+        """None where there is none: it was not wanted, or drafts could not be taken back."""
+        if how == "off" or not limits.generates:
+            return None
+        if not limits.can_trim:
+            if how == "on":
+                logger.warning("speculation='on' does nothing: this model cannot take tokens back")
+            return None
+        return cls(limits, always=how == "on")
+
+    def drafter(self, tokens: TokenBuffer, most: int, wanted: bool | None) -> Drafter | None:
+        """For a request that wants it in any case, not at all, or (None) as the model was opened."""
+        if wanted is False:
+            return None
+        return Drafter(tokens, most, always=bool(wanted) or self._always)
+
+    def observe(self, rows: int, milliseconds: float) -> None:
+        """A step of `rows` rows, every one with an output, took so long."""
+        if rows <= self._n_outputs:
+            self.costs.observe(rows, milliseconds)
+
+    def extended(self, spans: tuple[Span, ...], parts: Sequence[Generation], room: int) -> tuple[Span, ...]:
+        """`spans`, one row for each decoding generation of `parts`, and behind them at most `room` drafts."""
+        n = len(spans)
+        room = min(room, self._n_outputs - n, MOST_DRAFTS)
+        base = self._base(n)
+        if room <= 0 or (base is None and not any(g.drafter is not None and g.drafter.always for g in parts)):
+            return spans
+        drafts = [_drafts(g, room, hopeful=base is not None) for g in parts]
+        if not any(map(len, drafts)):
+            return spans
+        counts = self._counts(parts, drafts, room, base)
+        for generation, guess, count in zip(parts, drafts, counts, strict=True):
+            if count and generation.drafter is not None:
+                generation.drafter.drafts(guess)
+        return tuple([_longer(*it) if it[2] else it[0] for it in zip(spans, drafts, counts, strict=True)])
+
+    def _base(self, n: int) -> float | None:
+        """What a step of `n` rows takes; None when no draft could pay, were it certain, or that is not known yet."""
+        until, base = self._looked.get(n, (0, None))
+        if self.costs.n_steps >= until:
+            base = self.costs.known(n)
+            base = base if base is not None and base >= FASTEST and self._could_pay(n, base) else None
+            self._looked[n] = self.costs.n_steps + _LOOK, base
+        return base
+
+    def _could_pay(self, n: int, base: float) -> bool:
+        most = min(self._n_outputs - n, MOST_DRAFTS)
+        return how_many(n, (1.0,) * most, base, lambda rows: self.costs.expected(rows, n, base)) > 0
+
+    def _counts(
+        self, parts: Sequence[Generation], drafts: Sequence[TokenIds], room: int, base: float | None
+    ) -> list[int]:
+        """How many of each generation's drafts to decode."""
+        certain = [g.drafter is not None and g.drafter.always for g in parts]
+        counts = [0] * len(parts)
+        for i in [i for i, sure in enumerate(certain) if sure]:
+            drafter = parts[i].drafter
+            likely = 1 if drafter is None else drafter.n_likely
+            counts[i] = min(len(drafts[i]), room // sum(certain), likely)
+        if base is None:
+            return counts
+        return _best(parts, drafts, counts, room, base, self.costs)
+
+
+def _best(
+    parts: Sequence[Generation],
+    drafts: Sequence[TokenIds],
+    counts: list[int],
+    room: int,
+    base: float,
+    costs: Costs,
+) -> list[int]:
+    """`counts`, and of the others' drafts the likeliest ones, as many as pay."""
+    chances = [
+        (g.drafter.chances[k], i)
+        for i, g in enumerate(parts)
+        if g.drafter is not None and not g.drafter.always
+        for k in range(len(drafts[i]))
+    ]
+    chances = sorted(chances, key=lambda it: -it[0])[: room - sum(counts)]
+    n = len(parts) + sum(counts)
+    for _, i in chances[: how_many(n, [p for p, _ in chances], base, lambda rows: costs.expected(rows, n, base))]:
+        counts[i] += 1
+    return counts
+
+
+def _drafts(generation: Generation, room: int, *, hopeful: bool) -> TokenIds:
+    drafter = generation.drafter
+    if drafter is None or not (hopeful or drafter.always):
+        return NOTHING
+    return drafter.propose(min(room, generation.room - 1))
+
+
+def _longer(span: Span, drafts: TokenIds, n: int) -> Span:
+    return Span(span.seq, span.start, np.concatenate((span.tokens, drafts[:n])), 1 + n)
