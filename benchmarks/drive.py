@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from benchmarks import workload
-from benchmarks.workload import ChatMessage, Generation
+from benchmarks.workload import Agents, ChatMessage, Generation
 
 Pieces: TypeAlias = Generator[str, None, int]
 """Yields pieces of text as they arrive and returns the number of tokens that were sampled."""
@@ -93,12 +93,12 @@ def streams_at_once(complete: Complete, work: Generation) -> Figures:
     return {"tok_s": work.streams * work.n_decodes / wall}
 
 
-def agents(chat: Chat) -> Figures:
-    """4 agents × 4 turns over one system prompt, each agent on its own thread, its replies in its history."""
+def agents(chat: Chat, work: Agents) -> Figures:
+    """Agents over one system prompt, each on its own thread, its replies in its history."""
     warm_up = [ChatMessage(role="user", content="hello")]
     listen(chat(warm_up, 8), 8)
     began = time.perf_counter()
-    sessions = in_threads([lambda agent=agent: _session(chat, agent) for agent in range(workload.AGENTS)])
+    sessions = in_threads([lambda agent=agent: _session(chat, agent, work) for agent in range(work.agents)])
     wall = time.perf_counter() - began
     turns = [heard for session in sessions for heard in session]
     ttft = sum(heard.ttft for heard in turns) / len(turns)
@@ -143,9 +143,9 @@ def _all_streams(complete: Complete, work: Generation, *, serial: bool) -> tuple
     return heard, time.perf_counter() - began
 
 
-def _session(chat: Chat, agent: int) -> list[Heard]:
-    messages, turns = [workload.system_message()], []
-    for turn in range(workload.TURNS):
+def _session(chat: Chat, agent: int, work: Agents) -> list[Heard]:
+    messages, turns = [work.system_message()], []
+    for turn in range(work.turns):
         messages.append(workload.user_message(agent, turn))
         heard = listen(chat(messages, workload.TURN_TOKENS), workload.TURN_TOKENS)
         messages.append({"role": "assistant", "content": heard.text})

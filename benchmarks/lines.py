@@ -155,29 +155,39 @@ EIGHT_STREAMS = Line(
     quick_rounds=5,
 )
 
-AGENTS = Line(
-    name="agents",
-    title="4 agents × 4 turns over a shared 500-word system prompt",
-    unit="s",
-    shown="wall_s",
-    contestants=(
-        Contestant(name=OURS, script="ours", work="agents"),
-        Contestant(name=BOUND, script="bare_loop", work="agents"),
-        _server("agents"),
-        _langchain("agents", gates=True),
-        Contestant(name=XLLAMACPP, script="xllamacpp_server", work="agents", environment="xllamacpp", gates=False),
-    ),
-    claims=(
-        _ratio("wall: speed of the bound", (BOUND, "wall_s"), (OURS, "wall_s"), 0.9),
-        _ratio("wall: × llama-server", (SERVER, "wall_s"), (OURS, "wall_s"), 1.4),
-        _ratio("wall: × ChatLlamaCpp", (LANGCHAIN, "wall_s"), (OURS, "wall_s"), 2.0),
-        _ratio("wall: × xllamacpp", (XLLAMACPP, "wall_s"), (OURS, "wall_s"), None),
-        _ratio("mean TTFT: speed of the bound", (BOUND, "ttft_s"), (OURS, "ttft_s"), 0.9),
-        _ratio("mean TTFT: × llama-server", (SERVER, "ttft_s"), (OURS, "ttft_s"), 1.4),
-        _ratio("mean TTFT: × ChatLlamaCpp", (LANGCHAIN, "ttft_s"), (OURS, "ttft_s"), 2.0),
-        _ratio("mean TTFT: × xllamacpp", (XLLAMACPP, "ttft_s"), (OURS, "ttft_s"), None),
-    ),
-    rounds=5,
+
+def _agents_line(name: str, title: str, variant: str) -> Line:
+    given = {"work": "agents", "options": (variant,)}
+    return Line(
+        name=name,
+        title=title,
+        unit="s",
+        shown="wall_s",
+        contestants=(
+            Contestant(name=OURS, script="ours", **given),
+            Contestant(name=BOUND, script="bare_loop", **given),
+            Contestant(name=SERVER, script="llama_server", **given),
+            Contestant(name=LANGCHAIN, script="langchain_llamacpp", environment="langchain", **given),
+            Contestant(name=XLLAMACPP, script="xllamacpp_server", environment="xllamacpp", gates=False, **given),
+        ),
+        claims=(
+            _ratio("wall: speed of the bound", (BOUND, "wall_s"), (OURS, "wall_s"), 0.9),
+            _ratio("wall: × llama-server", (SERVER, "wall_s"), (OURS, "wall_s"), 1.4),
+            _ratio("wall: × ChatLlamaCpp", (LANGCHAIN, "wall_s"), (OURS, "wall_s"), 2.0),
+            _ratio("wall: × xllamacpp", (XLLAMACPP, "wall_s"), (OURS, "wall_s"), None),
+            _ratio("mean TTFT: speed of the bound", (BOUND, "ttft_s"), (OURS, "ttft_s"), 0.9),
+            _ratio("mean TTFT: × llama-server", (SERVER, "ttft_s"), (OURS, "ttft_s"), 1.4),
+            _ratio("mean TTFT: × ChatLlamaCpp", (LANGCHAIN, "ttft_s"), (OURS, "ttft_s"), 2.0),
+            _ratio("mean TTFT: × xllamacpp", (XLLAMACPP, "ttft_s"), (OURS, "ttft_s"), None),
+        ),
+        rounds=5,
+    )
+
+
+AGENTS = _agents_line("agents", "4 agents × 4 turns over a shared 500-word system prompt", "4x4")
+AGENTS_8 = _agents_line("agents_8", "8 agents × 6 turns over a shared 500-word system prompt", "8x6")
+AGENTS_TOOLS = _agents_line(
+    "agents_tools", "4 agents × 4 turns over a shared system prompt of 500 words and 20 functions", "tools"
 )
 
 SCHEMA = Line(
@@ -324,6 +334,8 @@ LINES = (
     ONE_STREAM,
     EIGHT_STREAMS,
     AGENTS,
+    AGENTS_8,
+    AGENTS_TOOLS,
     SCHEMA,
     EMBEDDINGS,
     CANCEL,

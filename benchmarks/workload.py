@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from typing import TypedDict
@@ -99,8 +100,34 @@ RECORDS = {
 }
 """A document that is longer than what is sampled of it: nobody comes to its end."""
 
-AGENTS, TURNS, TURN_TOKENS, AGENTS_N_CTX = 4, 4, 32, 8192
+TURN_TOKENS = 32
 SYSTEM_WORDS, USER_WORDS = 500, 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agents:
+    """`agents` sessions of `turns` turns over one system message, which describes `functions` functions.
+
+    `n_ctx`: cells for all. It suffices for who computes the system message once for each agent.
+    """
+
+    agents: int
+    turns: int
+    n_ctx: int
+    functions: int = 0
+
+    def system_message(self) -> ChatMessage:
+        text = "You are a careful agent. " + story(SYSTEM_WORDS, seed=1000)
+        if self.functions:
+            text += "\n\nYou may call these functions:\n" + "\n".join(map(function, range(self.functions)))
+        return {"role": "system", "content": text}
+
+
+AGENTS = {
+    "4x4": Agents(agents=4, turns=4, n_ctx=8192),
+    "8x6": Agents(agents=8, turns=6, n_ctx=16384),
+    "tools": Agents(agents=4, turns=4, n_ctx=16384, functions=20),
+}
 EMBED_TEXTS, EMBED_MIN_WORDS, EMBED_MAX_WORDS = 256, 8, 60
 CANCEL_TOKENS, CANCEL_DELAYS = 2000, (0.15, 0.3, 0.45, 0.6, 0.75)
 
@@ -116,8 +143,17 @@ def copied() -> str:
     return (story(80, seed=11) + ".\n") * 3
 
 
-def system_message() -> ChatMessage:
-    return {"role": "system", "content": "You are a careful agent. " + story(SYSTEM_WORDS, seed=1000)}
+def function(number: int) -> str:
+    """A function as agents describe them: JSON, three parameters."""
+    rng = random.Random(1100 + number)
+    name = f"{rng.choice(WORDS)}_{rng.choice(WORDS)}_{number}"
+    fields = {
+        f"{rng.choice(WORDS)}_{kind}": {"type": kind, "description": story(8, seed=1200 + 10 * number + i)}
+        for i, kind in enumerate(("string", "integer", "boolean"))
+    }
+    parameters = {"type": "object", "properties": fields, "required": list(fields)[:2]}
+    described = {"name": name, "description": story(12, seed=1150 + number), "parameters": parameters}
+    return json.dumps({"type": "function", "function": described})
 
 
 def user_message(agent: int, turn: int) -> ChatMessage:

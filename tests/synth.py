@@ -101,16 +101,19 @@ def llama(
     space_prefix: bool = False,
     n_vocab: int = N_VOCAB,
     template: str = TEMPLATE,
+    width: int = 1,
+    n_ctx: int = N_CTX,
 ) -> Path:
-    """Plain attention: 128 wide, 4 heads, 2 KV heads."""
-    out = _Writer(path, "llama", weights, seed, n_vocab)
-    _attention_shape(out.gguf, n_embd=128, n_ff=256, n_layer=n_layer, n_head=4, n_head_kv=2, n_vocab=n_vocab)
+    """Plain attention: `width` times 128 wide, 4 heads, 2 KV heads."""
+    out, n_embd = _Writer(path, "llama", weights, seed, n_vocab), 128 * width
+    heads = {"n_head": 4 * width, "n_head_kv": 2 * width}
+    _attention_shape(out.gguf, n_embd=n_embd, n_ff=2 * n_embd, n_layer=n_layer, n_vocab=n_vocab, n_ctx=n_ctx, **heads)
     _sentencepiece(out.gguf, space_prefix=space_prefix, n_vocab=n_vocab, template=template)
-    _ends(out, 128)
+    _ends(out, n_embd)
     for layer in range(n_layer):
         name = f"blk.{layer}."
-        _attention(out, name, n_embd=128, n_head=4, n_head_kv=2)
-        _feed_forward(out, name, n_embd=128, n_ff=256)
+        _attention(out, name, n_embd=n_embd, **heads)
+        _feed_forward(out, name, n_embd=n_embd, n_ff=2 * n_embd)
     out.close()
     return path
 
@@ -133,10 +136,11 @@ def large_llama(path: Path, *, n_layer: int = 8, n_vocab: int = 200_000) -> Path
     return path
 
 
-def swa(path: Path, *, window: int = 64, seed: int = 0) -> Path:
+def swa(path: Path, *, window: int = 64, seed: int = 0, weights: str = "f32", n_layer: int = 4, width: int = 1) -> Path:
     """gemma2: every other layer sees a sliding window of 64 tokens."""
-    out, n_embd = _Writer(path, "gemma2", "f32", seed), 128
-    _attention_shape(out.gguf, n_embd=n_embd, n_ff=256, n_layer=4, n_head=4, n_head_kv=2)
+    out, n_embd = _Writer(path, "gemma2", weights, seed), 128 * width
+    heads = {"n_head": 4 * width, "n_head_kv": 2 * width}
+    _attention_shape(out.gguf, n_embd=n_embd, n_ff=2 * n_embd, n_layer=n_layer, **heads)
     out.gguf.add_key_length(32)
     out.gguf.add_value_length(32)
     out.gguf.add_sliding_window(window)
@@ -145,10 +149,10 @@ def swa(path: Path, *, window: int = 64, seed: int = 0) -> Path:
     _sentencepiece(out.gguf)
     out.tokens("token_embd.weight", n_embd)
     out.ones("output_norm.weight", n_embd)
-    for layer in range(4):
+    for layer in range(n_layer):
         name = f"blk.{layer}."
-        _attention(out, name, n_embd=n_embd, n_head=4, n_head_kv=2)
-        _feed_forward(out, name, n_embd=n_embd, n_ff=256)
+        _attention(out, name, n_embd=n_embd, **heads)
+        _feed_forward(out, name, n_embd=n_embd, n_ff=2 * n_embd)
         # The output matrix is the embedding: unless the layers outweigh it, each token predicts itself.
         out.ones(name + "post_attention_norm.weight", n_embd, times=10.0)
         out.ones(name + "post_ffw_norm.weight", n_embd, times=10.0)
@@ -156,18 +160,18 @@ def swa(path: Path, *, window: int = 64, seed: int = 0) -> Path:
     return path
 
 
-def mamba(path: Path, *, seed: int = 0) -> Path:
-    """Recurrent: two layers of a state-space model, no attention."""
-    n_embd, inner, state, rank, kernel = 64, 128, 16, 8, 4
-    out = _Writer(path, "mamba", "f32", seed)
-    _shape(out.gguf, n_embd=n_embd, n_ff=0, n_layer=2, n_head=0)
+def mamba(path: Path, *, seed: int = 0, weights: str = "f32", n_layer: int = 2, width: int = 1) -> Path:
+    """Recurrent: layers of a state-space model, no attention."""
+    n_embd, inner, state, rank, kernel = 64 * width, 128 * width, 16, 8 * width, 4
+    out = _Writer(path, "mamba", weights, seed)
+    _shape(out.gguf, n_embd=n_embd, n_ff=0, n_layer=n_layer, n_head=0)
     out.gguf.add_ssm_conv_kernel(kernel)
     out.gguf.add_ssm_inner_size(inner)
     out.gguf.add_ssm_state_size(state)
     out.gguf.add_ssm_time_step_rank(rank)
     _sentencepiece(out.gguf)
     _ends(out, n_embd)
-    for layer in range(2):
+    for layer in range(n_layer):
         name = f"blk.{layer}."
         out.ones(name + "attn_norm.weight", n_embd)
         out.matrix(name + "ssm_in.weight", 2 * inner, n_embd)
@@ -183,11 +187,11 @@ def mamba(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def lfm2(path: Path, *, seed: int = 0) -> Path:
-    """Hybrid: short convolutions and attention, layer about."""
-    n_embd, n_ff, n_head, kernel = 64, 128, 4, 3
-    kv_heads = [0, 2, 0, 2]
-    out = _Writer(path, "lfm2", "f32", seed)
+def lfm2(path: Path, *, seed: int = 0, weights: str = "f32", n_layer: int = 4, width: int = 1, head: int = 16) -> Path:
+    """Hybrid: short convolutions and attention, layer about; heads of `head` numbers."""
+    n_embd, n_ff, n_head, kernel = 64 * width, 128 * width, 64 * width // head, 3
+    kv_heads = [0, n_head // 2] * (n_layer // 2)
+    out = _Writer(path, "lfm2", weights, seed)
     _shape(out.gguf, n_embd=n_embd, n_ff=n_ff, n_layer=len(kv_heads), n_head=n_head)
     out.gguf.add_head_count_kv(kv_heads)
     out.gguf.add_rope_freq_base(10000.0)
@@ -265,9 +269,17 @@ def _shape(
 
 
 def _attention_shape(
-    w: Any, *, n_embd: int, n_ff: int, n_layer: int, n_head: int, n_head_kv: int, n_vocab: int = N_VOCAB
+    w: Any,
+    *,
+    n_embd: int,
+    n_ff: int,
+    n_layer: int,
+    n_head: int,
+    n_head_kv: int,
+    n_ctx: int = N_CTX,
+    n_vocab: int = N_VOCAB,
 ) -> None:
-    _shape(w, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_vocab=n_vocab)
+    _shape(w, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab)
     w.add_head_count_kv(n_head_kv)
     w.add_rope_dimension_count(n_embd // n_head)
     w.add_rope_freq_base(10000.0)

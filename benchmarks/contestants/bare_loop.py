@@ -50,6 +50,11 @@ class Loop:
         assert status == 0, status
         return [llama.llama_sampler_sample(self._greedy, self._context, row) for row in outputs]
 
+    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
+        """Append tokens of which none is to be continued, however many."""
+        for start in range(0, len(tokens), N_BATCH):
+            self.decode([(seq, tokens[start : start + N_BATCH])])
+
     def share(self, source: int, target: int) -> None:
         memory = llama.llama_get_memory(self._context)
         llama.llama_memory_seq_cp(memory, source, target, 0, self.length[source])
@@ -82,26 +87,27 @@ def _context_params(threads: int, n_ctx: int, n_seq: int) -> llama.llama_context
     return params
 
 
-def agents(model: str, threads: str) -> Figures:
+def agents(model: str, threads: str, variant: str) -> Figures:
     """Nobody waits for anybody: each turn is one prefill of all agents' messages, then joint decoding."""
-    loop = Loop(model, threads, n_ctx=workload.AGENTS_N_CTX, n_seq=workload.AGENTS)
+    work = workload.AGENTS[variant]
+    loop = Loop(model, threads, n_ctx=work.n_ctx, n_seq=work.agents)
     loop.decode([(0, loop.tokenize("hello"))])
     loop.clear()
     began = time.perf_counter()
-    loop.decode([(0, loop.tokenize(_chatml("system", workload.system_message()["content"])))])
-    for agent in range(1, workload.AGENTS):
+    loop.prefill(0, loop.tokenize(_chatml("system", work.system_message()["content"])))
+    for agent in range(1, work.agents):
         loop.share(0, agent)
-    asked, ttft, tails = began, 0.0, [""] * workload.AGENTS
-    last: list[list[int]] = [[] for _ in range(workload.AGENTS)]
-    for turn in range(workload.TURNS):
-        prompts = [last[agent] + loop.tokenize(tails[agent] + _turn(agent, turn)) for agent in range(workload.AGENTS)]
+    asked, ttft, tails = began, 0.0, [""] * work.agents
+    last: list[list[int]] = [[] for _ in range(work.agents)]
+    for turn in range(work.turns):
+        prompts = [last[agent] + loop.tokenize(tails[agent] + _turn(agent, turn)) for agent in range(work.agents)]
         sampled = loop.decode(list(enumerate(prompts)))
-        ttft += (time.perf_counter() - asked) / workload.TURNS
+        ttft += (time.perf_counter() - asked) / work.turns
         for _ in range(workload.TURN_TOKENS - 1):
             sampled = loop.decode([(seq, [token]) for seq, token in enumerate(sampled)])
-        last, tails = [[token] for token in sampled], ["<|im_end|>\n"] * workload.AGENTS
+        last, tails = [[token] for token in sampled], ["<|im_end|>\n"] * work.agents
         asked = time.perf_counter()
-    tokens = workload.AGENTS * workload.TURNS * workload.TURN_TOKENS
+    tokens = work.agents * work.turns * workload.TURN_TOKENS
     return {"wall_s": time.perf_counter() - began, "ttft_s": ttft, "tokens": tokens}
 
 

@@ -80,8 +80,9 @@ def eight_streams(model: str, threads: str) -> Figures:
     return drive.eight_streams(Serial(model, threads, n_ctx=workload.EIGHT_STREAMS.n_ctx).complete, serial=True)
 
 
-def agents(model: str, threads: str) -> Figures:
-    return drive.agents(Serial(model, threads, n_ctx=workload.AGENTS_N_CTX).chat)
+def agents(model: str, threads: str, variant: str) -> Figures:
+    work = workload.AGENTS[variant]
+    return drive.agents(Serial(model, threads, n_ctx=work.n_ctx).chat, work)
 
 
 def embeddings(model: str, threads: str) -> Figures:

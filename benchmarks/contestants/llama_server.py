@@ -110,9 +110,10 @@ def eight_streams(model: str, threads: str) -> Figures:
         return drive.eight_streams(server.complete)
 
 
-def agents(model: str, threads: str) -> Figures:
-    with running(model, threads, n_ctx=workload.AGENTS_N_CTX, slots=workload.AGENTS) as server:
-        return drive.agents(server.chat)
+def agents(model: str, threads: str, variant: str) -> Figures:
+    work = workload.AGENTS[variant]
+    with running(model, threads, n_ctx=work.n_ctx, slots=work.agents) as server:
+        return drive.agents(server.chat, work)
 
 
 def cancel(model: str, threads: str) -> Figures:

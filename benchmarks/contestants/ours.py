@@ -12,7 +12,7 @@ from benchmarks import drive, workload
 from benchmarks.contestants.busy_thread import BusyThread
 from benchmarks.contestants.command import main
 from benchmarks.drive import Figures, Pieces
-from benchmarks.workload import ChatMessage, Generation
+from benchmarks.workload import Agents, ChatMessage, Generation
 from llama_worker import Failed, Finished, LlamaWorker, ModelConfig, StreamEvent, TextDelta, cancel_scope
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -70,13 +70,12 @@ def eight_streams(model: str, threads: str) -> Figures:
         return drive.eight_streams(Worker(worker).complete)
 
 
-def agents(model: str, threads: str) -> Figures:
+def agents(model: str, threads: str, variant: str) -> Figures:
     """Through LangChain, as ChatLlamaCpp is."""
     from langchain_llama_worker import ChatLlamaWorker
 
-    sizes = {"n_ctx": workload.AGENTS_N_CTX, "n_parallel": workload.AGENTS}
-    model_config = ModelConfig(model=model, n_threads=int(threads), speculation="off", **sizes)
-    with LlamaWorker(model_config) as worker:
+    work = workload.AGENTS[variant]
+    with _open_agents(model, threads, work) as worker:
         chat = ChatLlamaWorker(worker=worker, **GREEDY)
 
         def stream(messages: Sequence[ChatMessage], n_tokens: int) -> Pieces:
@@ -86,14 +85,14 @@ def agents(model: str, threads: str) -> Figures:
                 yield str(chunk.content)
             return tokens
 
-        return drive.agents(stream)
+        return drive.agents(stream, work)
 
 
-def agents_core(model: str, threads: str) -> Figures:
+def agents_core(model: str, threads: str, variant: str) -> Figures:
     """The same without LangChain: what the framework costs."""
-    sizes = {"n_ctx": workload.AGENTS_N_CTX, "n_parallel": workload.AGENTS}
-    with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), speculation="off", **sizes)) as worker:
-        return drive.agents(Worker(worker).chat)
+    work = workload.AGENTS[variant]
+    with _open_agents(model, threads, work) as worker:
+        return drive.agents(Worker(worker).chat, work)
 
 
 def embeddings(model: str, threads: str) -> Figures:
@@ -190,6 +189,11 @@ def _copied(worker: LlamaWorker, prompt: str, speculate: bool | None) -> float:
     began = time.perf_counter()
     reply = worker.generate(prompt, max_tokens=workload.COPY.n_tokens, speculate=speculate, **GREEDY)
     return reply.usage.completion_tokens / (time.perf_counter() - began)
+
+
+def _open_agents(model: str, threads: str, work: Agents) -> LlamaWorker:
+    sizes = {"n_ctx": work.n_ctx, "n_parallel": work.agents}
+    return LlamaWorker(ModelConfig(model=model, n_threads=int(threads), speculation="off", **sizes))
 
 
 def _open(model: str, threads: str, work: Generation, speculation: Literal["auto", "off"] = "off") -> LlamaWorker:

@@ -67,9 +67,8 @@ class Stopwatch:
         return cost
 
 
-def ours(model: str, threads: str) -> Figures:
-    from benchmarks.contestants.ours import Worker
-    from llama_worker import LlamaWorker, ModelConfig
+def watching() -> Callable[[Clock], Stopwatch]:
+    """Makes stopwatches over llama.cpp's calls; each takes the place of the one before."""
     from llama_worker._engine.library import library
     from llama_worker._engine.rows import RowScan
 
@@ -84,10 +83,18 @@ def ours(model: str, threads: str) -> Figures:
         RowScan.greatest = stopwatch.sample(greatest)
         return stopwatch
 
+    return watch
+
+
+def ours(model: str, threads: str) -> Figures:
+    from benchmarks.contestants.ours import Worker
+    from llama_worker import LlamaWorker, ModelConfig
+
+    watch = watching()
     with LlamaWorker(ModelConfig(model=model, n_threads=int(threads), n_ctx=N_CTX, n_parallel=ROWS)) as worker:
         client = Worker(worker)
         return {
-            f"{length}{name}_us": _cost(watch(clock), complete, words)
+            f"{length}{name}_us": cost(watch(clock), complete, workload.story(words, seed=1))
             for length, words in (("short", SHORT_WORDS), ("long", LONG_WORDS))
             for name, clock, complete in (
                 ("", time.perf_counter, client.complete),
@@ -97,9 +104,8 @@ def ours(model: str, threads: str) -> Figures:
         }
 
 
-def _cost(watch: Stopwatch, complete: drive.Complete, words: int) -> float:
-    """Eight streams that share a prompt but for its end, so that a long one is decoded once."""
-    prompt = workload.story(words, seed=1)
+def cost(watch: Stopwatch, complete: drive.Complete, prompt: str) -> float:
+    """Microseconds per token of eight streams that share `prompt` but for its end, so that it is decoded once."""
     drive.listen(complete(prompt, 1), 1)
     prompts = [f"{prompt} {workload.story(8, seed=10 + row)}" for row in range(ROWS)]
     drive.in_threads([lambda text=text: drive.listen(complete(text, N_TOKENS), N_TOKENS) for text in prompts])

@@ -52,8 +52,9 @@ def _put_all(chunk: Any, events: queue.SimpleQueue[Any]) -> None:
         events.put(event)
 
 
-def agents(model: str, threads: str) -> Figures:
-    return drive.agents(InProcess(model, threads, n_ctx=workload.AGENTS_N_CTX, slots=workload.AGENTS).chat)
+def agents(model: str, threads: str, variant: str) -> Figures:
+    work = workload.AGENTS[variant]
+    return drive.agents(InProcess(model, threads, n_ctx=work.n_ctx, slots=work.agents).chat, work)
 
 
 if __name__ == "__main__":

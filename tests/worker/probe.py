@@ -38,6 +38,7 @@ class Probe:
         self.logits_of: dict[int, list[Floats]] = {}
         self.chosen: dict[int, list[int]] = {}
         self.samplers: list[Sampler] = []
+        self.prompts: list[TokenIds] = []
         self.abort_next = False
         self.n_aborted = 0
         self.n_restored = 0
@@ -70,7 +71,13 @@ class Probe:
     def new_sampler(self, params: SamplingParams, history: TokenIds) -> Sampler:
         sampler = self.inner.new_sampler(params, history)
         self.samplers.append(sampler)
+        self.prompts.append(history)
         return sampler
+
+    def answer(self, prompt: TokenIds) -> tuple[list[int], list[Floats]]:
+        """The tokens that were sampled for this very `prompt` (the array itself) so far, and the logits of each."""
+        keys = [id(sampler) for sampler, of in zip(self.samplers, self.prompts, strict=True) if of is prompt]
+        return self.chosen.get(keys[0], []) if keys else [], self.logits_of.get(keys[0], []) if keys else []
 
     def seq_restore(self, seq: int, state: SavedState | bytes, length: int, *, donor: int | None = None) -> None:
         self.inner.seq_restore(seq, state, length, donor=donor)

@@ -222,7 +222,7 @@ def test_rows_are_those_that_the_engine_computed() -> None:
 
 def test_a_preempted_reply_is_prefilled_again() -> None:
     """Its tokens are rows of a prompt then, and the last of them is not decoded alone."""
-    bench = Bench(n_kv_cells=96, n_ctx=96, n_ubatch=16, n_parallel=2).load()
+    bench = Bench(n_kv_cells=128, n_ctx=128, n_ubatch=16, n_parallel=2).load()
     sinks = [bench.ask(WORDS[:27] + str(i), max_tokens=50, ignore_eos=True)[0] for i in range(2)]
     bench.settle(*sinks)
     metrics = metrics_of(bench.service)

@@ -144,7 +144,7 @@ def test_check_notices_a_cell_that_is_counted_twice():
     """The check itself can fail."""
     books = cache()
     loan = fill(books, run_of(0, 10))
-    loan.slot.cells[3] = loan.slot.cells[4]
+    loan.slot.cells.view[3] = loan.slot.cells.view[4]
     with pytest.raises(AssertionError):
         books.check()
 

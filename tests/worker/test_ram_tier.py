@@ -288,6 +288,25 @@ def test_no_request_is_lost_when_states_fail(kind: str, call: str, how: Exceptio
     assert cache_metrics_of(bench.service).state_failures > 0
 
 
+def test_a_window_that_was_dropped_for_want_of_cells_is_decoded_again():
+    """llama.cpp overwrites what no token attends to any more; then a sequence can be cut, or shared, nowhere before."""
+    bench = opened("plain", n_parallel=2)
+    first, _ = bench.ask(WORDS + "one")
+    bench.settle(first)
+    bench.engine._firm[:] = [len(WORDS) + 4] * 2
+    again, _ = bench.ask(WORDS[:200] + "two")
+    bench.settle(again)
+    sharing = [bench.ask(WORDS[:200] + other, max_tokens=40, ignore_eos=True)[0] for other in ("three", "four")]
+    bench.engine._firm[:] = [10_000] * 2
+    bench.settle(*sharing)
+    fresh = opened("plain", n_parallel=1)
+    expected = [fresh.ask(WORDS[:200] + other, max_tokens=40, ignore_eos=True)[0] for other in ("three", "four")]
+    expected.append(fresh.ask(WORDS[:200] + "two")[0])
+    fresh.settle(*expected)
+    assert [sink.text for sink in (*sharing, again)] == [sink.text for sink in expected]
+    assert cache_metrics_of(bench.service).state_failures > 0
+
+
 # --- at work on llama.cpp
 
 

@@ -13,9 +13,11 @@ The house, from the outside in:
     _service       what that thread works with
     _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
-    _scheduler     who is served next; _generation, _prefix_cache and _pace are what it decides with
+    _scheduler     who is served next; _generation, _prefix_cache (with _cells), _pace and _foresight are
+                   what it decides with
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
-    _ram_tier      what was evicted, kept as bytes; _disk_tier beneath it, over _disk and _disk_store
+    _ram_tier      what was evicted, kept as bytes where that pays, says _thrift; _disk_tier beneath it, over _disk and
+                   _disk_store
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams

@@ -7,12 +7,12 @@ told, so its tokens are decoded again; one that cannot be saved is not kept.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import assert_never
 
 from llama_worker._engine.base import StateError
 from llama_worker._engine.state import kv_mark
-from llama_worker._errors import GenerationError
 from llama_worker._generation import Generation
 from llama_worker._prefix_cache import Clear, KVOp, Restore, Save, Share, Trim
 from llama_worker._scheduler import Batch
@@ -22,7 +22,7 @@ logger = logging.getLogger("llama_worker")
 
 
 def apply(loaded: Loaded, ops: Iterable[KVOp]) -> None:
-    """Carry out `ops`, in order. Raises GenerationError when the engine cannot do what its limits promise."""
+    """Carry out `ops`, in order. What the engine cannot do leaves a sequence empty, and the cache is told."""
     engine, cache = loaded.engine, loaded.scheduler.cache
     for op in ops:
         match op:
@@ -32,9 +32,12 @@ def apply(loaded: Loaded, ops: Iterable[KVOp]) -> None:
                 if engine.seq_end(seq) < length:  # a restore before this op failed
                     cache.lost(seq)
                 elif not engine.seq_trim(seq, length):
-                    raise GenerationError(f"the engine could not trim sequence {seq} to {length} tokens")
+                    _forget(loaded, seq, f"{length} tokens are decoded again: what follows them cannot be cut off")
             case Share(source, target, length):
-                engine.seq_share(source, target, length)
+                try:
+                    engine.seq_share(source, target, length)
+                except StateError as exc:
+                    _forget(loaded, target, f"{length} tokens are decoded again: {exc}")
             case Restore():
                 _restore(loaded, op)
             case Save():
@@ -82,19 +85,28 @@ def _take_checkpoint(loaded: Loaded, generation: Generation) -> None:
 
 def _save(loaded: Loaded, op: Save) -> None:
     cache = loaded.scheduler.cache
+    begun = time.perf_counter()
     try:
         cache.keep_saved(op, loaded.engine.seq_save(op.seq))
+        cache.tier.thrift.saving.observe(len(op.tokens), time.perf_counter() - begun)
     except (StateError, MemoryError) as exc:
         logger.warning("%d tokens are not kept: %s", len(op.tokens), exc)
         cache.checkpoints.failed()
 
 
 def _restore(loaded: Loaded, op: Restore) -> None:
+    begun = time.perf_counter()
     try:
         if kv_mark(op.state) != loaded.scheduler.cache.slots[op.seq].kv.mark:
             raise StateError("the state was computed with other adapters")
         loaded.engine.seq_restore(op.seq, op.state, op.length, donor=op.donor)
+        loaded.scheduler.cache.tier.thrift.restoring.observe(op.length, time.perf_counter() - begun)
     except (StateError, MemoryError) as exc:
-        logger.warning("%d tokens are decoded again: %s", op.length, exc)
-        loaded.engine.seq_clear(op.seq)
-        loaded.scheduler.cache.lost(op.seq)
+        _forget(loaded, op.seq, f"{op.length} tokens are decoded again: {exc}")
+
+
+def _forget(loaded: Loaded, seq: int, why: str) -> None:
+    """The engine could not do what the books say. When cells are short, each kind of sliding window drops some."""
+    logger.warning(why)
+    loaded.engine.seq_clear(seq)
+    loaded.scheduler.cache.lost(seq)

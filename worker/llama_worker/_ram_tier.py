@@ -5,7 +5,8 @@ the checkpoints that it has, and found again by its longest common prefix with a
 come back, not a prefill.
 
 The tier and the checkpoints share one budget of bytes; checkpoints come first. The entry that was used longest
-ago goes first: to the disk, where there is one.
+ago goes first: to the disk, where there is one. Whether copies pay at all is learnt from what becomes of them (see
+`_thrift`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llama_worker._checkpoints import Checkpoint, Checkpoints, within
 from llama_worker._engine.base import SavedState
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._saved_prefix import SavedPrefix
+from llama_worker._thrift import Thrift
 from llama_worker._tokens import TokenIds, common_prefix
 
 WORTH_SAVING = 128
@@ -27,9 +29,12 @@ MOST = 256
 
 
 class Entry:
-    """A sequence of `tokens`, whole, computed with `kv`; `checkpoints`, in order, are places in it."""
+    """A sequence of `tokens`, whole, computed with `kv`; `checkpoints`, in order, are places in it.
 
-    __slots__ = ("checkpoints", "kv", "last_used", "n_bytes", "state", "tokens")
+    `continued`: see `Save`.
+    """
+
+    __slots__ = ("checkpoints", "continued", "kv", "last_used", "n_bytes", "n_hits", "state", "tokens")
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class Entry:
         checkpoints: tuple[Checkpoint, ...],
         now: int,
         kv: KVIdentity = BASE,
+        continued: bool | None = None,
     ) -> None:
         self.tokens = tokens
         self.state = state
@@ -45,6 +51,8 @@ class Entry:
         self.n_bytes = state.nbytes + tokens.nbytes + sum(checkpoint.state.nbytes for checkpoint in checkpoints)
         self.last_used = now
         self.kv = kv
+        self.continued = continued
+        self.n_hits = 0
 
     @property
     def n(self) -> int:
@@ -95,6 +103,7 @@ class RamTier:
         self.n_bytes = 0
         self.counts = TierCounts()
         self.overflow: Overflow | None = None
+        self.thrift = Thrift()
         self._budget, self._checkpoints = budget, checkpoints
         self._can_trim = can_trim
         self._bytes_of_token = 0.0
@@ -124,9 +133,10 @@ class RamTier:
         checkpoints: tuple[Checkpoint, ...],
         now: int,
         kv: KVIdentity = BASE,
+        continued: bool | None = None,
     ) -> None:
         """Keep a sequence. What is a beginning of it is here no longer; the oldest make room."""
-        entry = Entry(tokens, state, checkpoints, now, kv)
+        entry = Entry(tokens, state, checkpoints, now, kv, continued)
         self._bytes_of_token = state.nbytes / len(tokens)
         if not self.takes(entry):
             self._gone(entry)
@@ -142,6 +152,8 @@ class RamTier:
             oldest = min(self.entries, key=lambda entry: entry.last_used)
             self._keep([entry for entry in self.entries if entry is not oldest])
             self._gone(oldest)
+            if self.overflow is None and oldest.continued is not None and not oldest.n_hits:
+                self.thrift.in_vain(continued=oldest.continued)
 
     def find(self, prompt: TokenIds, kv: KVIdentity = BASE) -> tuple[Entry | None, int]:
         """The entry of `kv` that leads to the longest beginning of `prompt`, and its length: at most all but one."""
@@ -158,6 +170,9 @@ class RamTier:
 
     def used(self, entry: Entry, n_tokens: int, now: int) -> None:
         entry.last_used = now
+        entry.n_hits += 1
+        if entry.continued is not None:
+            self.thrift.asked_for(continued=entry.continued)
         counts = self.counts
         self.counts = replace(counts, hits=counts.hits + 1, restored_tokens=counts.restored_tokens + n_tokens)
 

@@ -23,9 +23,10 @@ from itertools import count
 from llama_worker._commands import Generate
 from llama_worker._disk_tier import DiskTier
 from llama_worker._engine.base import EngineLimits, Span, Vocabulary
+from llama_worker._foresight import ReplyLengths, most_cells
 from llama_worker._generation import Generation
 from llama_worker._identity import KVIdentity
-from llama_worker._pace import Pace
+from llama_worker._pace import FEWEST_ROWS, Pace
 from llama_worker._prefix_cache import KVOp, Loan, PrefixCache, Slot, Trim
 from llama_worker._speculation import Speculation
 from llama_worker._turns import Turns
@@ -35,9 +36,6 @@ PATIENCE = 8
 
 WORTH_WAITING = 64
 """Waiting for another's prefill must save at least so many tokens."""
-
-RESERVE = 32
-"""Cells that a newcomer should find free beyond its prompt, so that it is not preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,8 @@ class Scheduler:
         self.pace = pace
         self.turns = Turns(pace)
         self.speculation = speculation
+        self._lengths = ReplyLengths()
+        self._refused: Generation | None = None  # there are no cells for it until somebody gives up his
         self._order = count()
 
     def __repr__(self) -> str:
@@ -119,7 +119,10 @@ class Scheduler:
         if self.disk is not None:
             self.disk.attend(self.waiting)
         for generation in [g for g in self.waiting if newcomers or g.has_begun]:
-            if not self.cache.has_idle or not self._fits(generation):
+            if generation is self._refused or not self.cache.has_idle:
+                break
+            if not self._fits(generation):
+                self._refused = generation
                 break
             if self._should_wait(generation) or self._waits_for_disk(generation):
                 continue
@@ -217,6 +220,9 @@ class Scheduler:
 
     def retire(self, generation: Generation) -> None:
         """The generation is over. Its slot keeps what it holds, for others."""
+        self._refused = None
+        if generation.has_begun and not generation.is_prefill:
+            self._lengths.ended(generation.n_sampled)
         if generation.slot is not None:
             self._pin(generation, generation.slot)
             self.cache.give_back(generation.slot)
@@ -235,6 +241,7 @@ class Scheduler:
         youngest = max(self.running, key=lambda g: g.order)
         slot = youngest.slot
         assert slot is not None
+        self._refused = None
         ops = self.cache.take_away(slot)
         self.cache.give_back(slot)
         self.waiting.insert(0, youngest)
@@ -272,6 +279,8 @@ class Scheduler:
         """A step took so long: the measure for the next prompts' chunks, for turns and for drafts."""
         self.pace.observe(batch.n_rows, milliseconds)
         self.turns.spent(milliseconds)
+        if batch.n_rows >= FEWEST_ROWS:
+            self.cache.tier.thrift.decoding.observe(batch.n_rows, milliseconds / 1000)
         if self.speculation is not None and batch.n_rows == len(batch.parts) + batch.n_drafts:
             self.speculation.observe(batch.n_rows, milliseconds)
 
@@ -294,15 +303,12 @@ class Scheduler:
     def _should_wait(self, generation: Generation) -> bool:
         """Whether somebody is computing, right now, a prefix that this one could start from."""
         by_checkpoint = self._limits.needs_checkpoints and self.cache.checkpoints.has_room
-        if not (self._limits.can_share or by_checkpoint) or not self.running:
+        computing = [other for other in self.running if not other.is_decoding and other.kv == generation.kv]
+        if not (self._limits.can_share or by_checkpoint) or not computing:
             return False
         prompt = generation.tokens.view
-        _, now = self.cache.match(prompt, kv=generation.kv)
-        for other in self.running:
-            will = other.will_checkpoint(prompt) if by_checkpoint else other.will_share(prompt)
-            if will - now >= WORTH_WAITING and not other.is_decoding and other.kv == generation.kv:
-                return True
-        return False
+        will = max(other.will_checkpoint(prompt) if by_checkpoint else other.will_share(prompt) for other in computing)
+        return will >= WORTH_WAITING and will - self.cache.match(prompt, kv=generation.kv)[1] >= WORTH_WAITING
 
     def _waits_for_disk(self, generation: Generation) -> bool:
         disk, tokens = self.disk, generation.tokens.view
@@ -312,9 +318,16 @@ class Scheduler:
         """Whether the cells suffice for a newcomer beside what the running prompts still need."""
         if not self.running:
             return True
+        growing = [(self._still(g), g.tokens.n - (g.cached or 0)) for g in self.running]
+        running = sum(g.n_left for g in self.running) + most_cells([*growing, (self._still(generation), 0)])
+        if running + generation.tokens.n <= self.cache.cells.free:
+            return True
         _, reused = self.cache.match(generation.tokens.view, kv=generation.kv)
-        needed = generation.tokens.n - reused + RESERVE + sum(g.n_left for g in self.running)
+        needed = running + generation.tokens.n - reused
         return needed <= self.cache.cells.free or needed <= self.cache.cells.free + self.cache.evictable
+
+    def _still(self, generation: Generation) -> int:
+        return self._lengths.still(generation.n_sampled, generation.room)
 
     def _least_rows(self) -> int:
         return max(1, sum(g.is_decoding for g in self.running)) if self.running else 0

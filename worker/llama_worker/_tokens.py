@@ -52,11 +52,20 @@ class TokenBuffer:
         self._data = bigger
 
 
+_FIRST_LOOK = 64
+"""Most rows that differ do so early; the others are compared in ever longer pieces."""
+
+
 def common_prefix(a: TokenIds, b: TokenIds) -> int:
-    """The length of the longest common prefix of two rows of ids."""
+    """The length of the longest common prefix of two rows of ids. Takes time by what they have in common."""
     m = min(len(a), len(b))
     if m == 0 or a[0] != b[0]:
         return 0
-    differ = a[:m] != b[:m]
-    first = int(differ.argmax())
-    return m if not differ[first] else first
+    start, end = 0, min(m, _FIRST_LOOK)
+    while start < m:
+        differ = a[start:end] != b[start:end]
+        first = int(differ.argmax())
+        if differ[first]:
+            return start + first
+        start, end = end, min(m, 4 * end)
+    return m

@@ -338,7 +338,7 @@ class FakeEngine:
         if self._seqs[target] or not 0 < length <= len(self._seqs[source]):
             raise ValueError(f"cannot share {length} tokens of {source} with {target}")
         if length < self._firm[source]:
-            raise ValueError(f"{length} tokens of {source} lack their window")
+            raise StateError(f"{length} tokens of {source} lack their window")
         self._seqs[target] = self._seqs[source][:length]
         self._states[target] = self._states[source][:length]
         self._firm[target] = self._firm[source]

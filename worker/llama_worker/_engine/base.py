@@ -219,7 +219,10 @@ class Engine(Protocol):
         ...
 
     def seq_share(self, source: int, target: int, length: int) -> None:
-        """Let the empty `target` hold the first `length` tokens of `source`. Needs `can_share`."""
+        """Let the empty `target` hold the first `length` tokens of `source`. Needs `can_share`.
+
+        Raises ValueError for misuse; StateError when a sliding window was dropped there, for want of cells.
+        """
         ...
 
     def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:

@@ -280,6 +280,10 @@ class _Generator:
         self.samplers = SamplerFactory(lib, vocab)
         stack.callback(self.samplers.close)
         self._window = int(api.llama_model_n_swa(model))
+        if self._window:
+            # Of a batch of several ubatches llama.cpp finds places for all before it computes the first, and gives
+            # up cells that the first one's rows still attend to (0.3.36): their logits are wrong, by 0.2 and more.
+            self.n_batch = min(self.n_batch, api.llama_n_ubatch(self._context))
         self._ends = [0] * self.n_seq
         self.kv, self.kv_mark = BASE, BASE.mark  # what is computed with from now on
         self._marks = [BASE.mark] * self.n_seq  # what each sequence was computed with
@@ -398,8 +402,10 @@ class _Generator:
             raise ValueError("this model cannot share a prefix (limits.can_share)")
         if source == target or self._ends[target]:
             raise ValueError(f"target={target}: must be another sequence and empty, it holds {self._ends[target]}")
-        if not 0 < length <= self._ends[source] or not self._window_holds(source, length):
+        if not 0 < length <= self._ends[source]:
             raise ValueError(f"length={length}: sequence {source} holds {self._ends[source]} tokens")
+        if not self._window_holds(source, length):
+            raise StateError(f"sequence {source} lacks the window behind its first {length} tokens")
         self._lib.short.llama_memory_seq_cp(self._memory, source, target, 0, length)
         self._ends[target] = length
         self._marks[target] = self._marks[source]

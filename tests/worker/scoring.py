@@ -1,0 +1,61 @@
+"""Scoring answers by a cold engine: how far what was computed with a cache is from what a fresh one computes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llama_worker import ModelConfig
+from llama_worker._engine.base import DecodeStatus, Floats, Span, TokenIds
+from llama_worker._engine.llama import load
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Over the tokens of one or several answers, the worst: `difference` of any logit, and `regret`, by how much the
+    emitted token's logit falls short of the best; both as a cold pass sees it."""
+
+    difference: float = 0.0
+    regret: float = 0.0
+
+    def worse(self, other: Score) -> Score:
+        return Score(max(self.difference, other.difference), max(self.regret, other.regret))
+
+
+def worst_of(scores: Iterable[Score]) -> Score:
+    return functools.reduce(Score.worse, scores, Score())
+
+
+class Cold:
+    """An engine that computes every answer from an empty cache. Close it in the end."""
+
+    def __init__(self, model: Path, **config: object) -> None:
+        settings = {"n_ctx": 8192, "n_parallel": 1, "n_threads": 1, **config}
+        self._engine = load(ModelConfig(model=str(model), **settings)).engine  # type: ignore[arg-type]
+
+    def score(self, prompt: TokenIds, emitted: Sequence[int], logits: Sequence[Floats]) -> Score:
+        """`logits[i]` are what `emitted[i]` was sampled from. Looks at the first, the middle one and the last."""
+        self._engine.seq_clear(0)
+        tokens, position, worst = np.append(prompt, np.array(emitted, np.int32)), 0, Score()
+        for i in sorted({0, len(emitted) // 2, len(emitted) - 1}) if emitted else ():
+            end = len(prompt) + i
+            cold = self._decoded(tokens[position:end], position)
+            position = end
+            difference = float(np.abs(cold - logits[i]).max())
+            worst = worst.worse(Score(difference, float(cold.max() - cold[emitted[i]])))
+        return worst
+
+    def _decoded(self, tokens: TokenIds, start: int) -> Floats:
+        engine = self._engine
+        for at in range(0, len(tokens), engine.limits.n_batch):
+            part = tokens[at : at + engine.limits.n_batch]
+            span = Span(0, start + at, part, at + len(part) == len(tokens))
+            assert engine.decode([span]) is DecodeStatus.OK
+        return engine.logits(len(part) - 1)
+
+    def close(self) -> None:
+        self._engine.close()
