@@ -170,6 +170,24 @@ def test_arguments_are_given_as_text_where_a_mapping_does_not_work() -> None:
     assert syntax(format_of(in_pythons_way)).arguments == "json"
 
 
+@pytest.mark.parametrize(
+    ("value", "in_pythons_way"),
+    [("v", True), ("v | string", True), ("v | tojson", False), ("v if v is string else v | tojson", False)],
+)
+def test_values_are_given_as_text_where_they_come_out_in_pythons_way(value: str, in_pythons_way: bool) -> None:
+    body = (
+        f"<call>{{{{ f.name }}}}{{% for k, v in a.items() %}}<p={{{{ k }}}}>{{{{ {value} }}}}</p>{{% endfor %}}</call>"
+    )
+    template = per_call(body)
+    assert format_of(template).values_as_text is in_pythons_way
+    told = {"yes": True, "nothing": None, "nested": {"a": [False, "x"]}, "n": 3, "days": 1}
+    call = ToolCall(id="call00001", name="get_weather", arguments=told)
+    chat = [Message(role="user", content="hi"), Message(role="assistant", content="", tool_calls=(call,))]
+    said = template.lay_out(chat, tools=TOOLS, format=format_of(template), today=date(2026, 1, 1)).text
+    for written in ("true", "null", '{"a": [false, "x"]}', "3"):
+        assert f">{written}</p>" in said
+
+
 # ---- thoughts
 
 

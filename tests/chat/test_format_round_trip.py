@@ -50,6 +50,14 @@ WITH_TAGS = (
     "openbmb-MiniCPM5-1B",
     "LFM2-8B-A1B",
 )
+# The same, but written in Python's way by themselves: then it is given to them as JSON text.
+IN_PYTHONS_WAY = (
+    "Qwen3-Coder",
+    "Qwen3.5-4B",
+    "StepFun3.5-Flash",
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    "ByteDance-Seed-OSS",
+)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
     ['"', "'", "<", ">", "</x>", "\n", "\\", "{}", "[TOOL", "&amp;", "ünï", "\u2028", "🙂", "", " ", "null", "7", "```"]
@@ -135,4 +143,13 @@ def test_calls_with_json_come_back(name: str, calls: list[ToolCall]) -> None:
 @given(calls=calls_of(st.dictionaries(words, texts | st.integers() | st.lists(json_values, max_size=2), max_size=3)))
 def test_tagged_calls_come_back(name: str, calls: list[ToolCall]) -> None:
     template = shipped_templates()[name]
+    assert read_back(template, specs_of(calls), calls) == [(call.name, call.arguments) for call in calls]
+
+
+@pytest.mark.parametrize("name", IN_PYTHONS_WAY)
+@counted
+@given(calls=calls_of(st.dictionaries(words, json_values, max_size=3)))
+def test_values_that_a_template_writes_in_pythons_way_come_back(name: str, calls: list[ToolCall]) -> None:
+    template = shipped_templates()[name]
+    assert format_of(template).values_as_text
     assert read_back(template, specs_of(calls), calls) == [(call.name, call.arguments) for call in calls]

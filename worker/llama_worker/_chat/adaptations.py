@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from llama_worker._chat.turns import Tool, Turn, calls, with_arguments_as_text
+from llama_worker._chat.turns import Tool, Turn, calls, with_arguments_as_text, with_values_as_text
 from llama_worker._chat.wording import Wording
 
 _ID_SIZE = 9
@@ -81,6 +81,10 @@ def _listed(value: Any) -> list[Any]:
 
 def text_arguments(chat: Chat, wording: Wording) -> Chat:
     return replace(chat, turns=with_arguments_as_text(chat.turns))
+
+
+def text_values(chat: Chat, wording: Wording) -> Chat:
+    return replace(chat, turns=with_values_as_text(chat.turns))
 
 
 def short_ids(chat: Chat, wording: Wording) -> Chat:

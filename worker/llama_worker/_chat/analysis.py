@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.format import CallSyntax, ChatFormat, Tagged
 from llama_worker._chat.format_data import with_data
 from llama_worker._chat.generic import GENERIC_CALLS
 from llama_worker._chat.probe import THOUGHT, Probe
@@ -44,16 +44,26 @@ def _derived(template: ChatTemplate) -> ChatFormat:
         return ChatFormat(digest=template.digest, origin="derived")
     reasoning = read_reasoning(probe)
     text = read_text(probe, reasoning)
+    calls = read_calls(probe, reasoning, text)
     return ChatFormat(
         digest=template.digest,
         origin="derived",
-        calls=read_calls(probe, reasoning, text),
+        calls=calls,
         reasoning=reasoning,
         text=text,
         takes_tools=probe.takes_tools,
         takes_calls=probe.takes_calls,
         arguments_as_text=probe.arguments_as_text,
+        values_as_text=calls is not None and _is_bare(calls) and probe.in_pythons_way,
         replays_reasoning=THOUGHT in probe.thought or THOUGHT in probe.thought_and_call,
         thinking_switch=probe.switch,
         turn_open=read_turn(probe, reasoning),
     )
+
+
+def _is_bare(calls: CallSyntax) -> bool:
+    """Whether strings stand as they are, between the same as all other values."""
+    tags = calls.arguments
+    if not isinstance(tags, Tagged) or tags.json_strings or tags.type_close is not None:
+        return False
+    return (tags.string_open, tags.string_close) == (tags.value_open, tags.value_close)

@@ -112,8 +112,10 @@ class ChatFormat:
     they are described in the system message. `takes_calls`: it renders past calls by itself; otherwise they are
     written into the content (`generic.describe_tools`, `calls.write_calls`).
     `turn_open` is what it writes before a reply, without the beginning of a thought.
-    `arguments_as_text`: it wants the arguments of past calls as JSON text. `replays_reasoning`: it writes the
-    thoughts of past turns. `thinking_switch`: the variable that turns thinking on and off, if there is one.
+    `arguments_as_text`: it wants the arguments of past calls as JSON text. `values_as_text`: it writes each argument
+    by itself, and what is no string in Python's way (`True`, `None`) unless it is given as JSON text.
+    `replays_reasoning`: it writes the thoughts of past turns. `thinking_switch`: the variable that turns thinking on
+    and off, if there is one.
     """
 
     digest: str
@@ -124,6 +126,7 @@ class ChatFormat:
     takes_tools: bool = False
     takes_calls: bool = False
     arguments_as_text: bool = False
+    values_as_text: bool = False
     replays_reasoning: bool = False
     thinking_switch: str | None = None
     turn_open: str = ""

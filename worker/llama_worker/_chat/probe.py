@@ -6,6 +6,7 @@ The names, ids and values in them are unique words, so what stands between the w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -123,6 +124,11 @@ class Probe:
         if self._names_tool(as_mapping) and f"'{KEYS[0]}'" not in self.after_prompt(as_mapping):
             return False
         return self._names_tool(self._render([_calling(ARGUMENTS[:1], True)]))
+
+    @cached_property
+    def in_pythons_way(self) -> bool:
+        """Whether a value that is no string comes out as Python writes it."""
+        return re.search(r"\bTrue\b", self.after_prompt(self._render([_calling([{KEYS[0]: True}], False)]))) is not None
 
     @cached_property
     def takes_tools(self) -> bool:

@@ -22,6 +22,7 @@ from llama_worker._chat.adaptations import (
     text_arguments,
     text_before_calls,
     text_into_answer,
+    text_values,
 )
 from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.turns import Turn, calls
@@ -152,6 +153,9 @@ _DESCRIBE = Rule(
 _TEXT_ARGUMENTS = Rule(
     "the arguments of calls are given as text", text_arguments, weight=2, needs="calls", mends="calls"
 )
+_TEXT_VALUES = Rule(
+    "in the arguments of calls, what is no text is given as JSON text", text_values, weight=2, needs="calls"
+)
 _ONE_CALL = Rule(
     "each call is a message of its own, with its result behind it",
     one_call_a_turn,
@@ -169,6 +173,7 @@ RULES = (
     _DESCRIBE,
     Rule("parameters without a type or a description get one", fill_parameters, weight=1, needs="tools"),
     _TEXT_ARGUMENTS,
+    _TEXT_VALUES,
     Rule("the ids of calls are rewritten as nine letters and digits", short_ids, weight=1, needs="calls tool"),
     Rule(
         "what was said beside a call is put before the answer that follows",
@@ -212,6 +217,7 @@ def known_rules(format: ChatFormat | None) -> Plan:
     needed = {
         _DESCRIBE: not format.takes_tools,
         _TEXT_ARGUMENTS: format.arguments_as_text and format.takes_calls,
+        _TEXT_VALUES: format.values_as_text and format.takes_calls,
         _ONE_CALL: format.takes_calls and format.calls is not None and format.calls.separator is None,
         _CALLS_IN_TEXT: not format.takes_calls,
         # A model that was not taught to call tools knows no role for their results either.
