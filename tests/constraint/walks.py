@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_worker._chat.format import ChatFormat, ReasoningSyntax
 from llama_worker._chat.generic import GENERIC_CALLS
@@ -95,17 +97,18 @@ def reply(
     *,
     most: int = 3000,
     pieces: Sequence[bytes] = VOCABULARY.pieces,
-    weigh: Callable[[int], float] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> str | None:
     """A random reply, likelier to come to an end than not; None if it did not within `most` tokens."""
     chance, said = random.Random(seed), list[int]()
-    weigh = weigh or _weight
+    weights = _weights(len(pieces)) if weights is None else weights
     while len(said) < most:
         said += constraint.forced()
         if constraint.is_complete:
             break
-        tokens = allowed(constraint)
-        token = chance.choices(tokens, [weigh(token) for token in tokens])[0]
+        tokens = np.flatnonzero(np.unpackbits(constraint.mask(), bitorder="little"))
+        heights = weights[tokens].cumsum()
+        token = int(tokens[heights.searchsorted(chance.random() * heights[-1], side="right")])
         constraint.accept(token)
         if token == IM_END:
             break
@@ -115,7 +118,10 @@ def reply(
     return b"".join(pieces[token] for token in said).decode()
 
 
-def _weight(token: int) -> float:
-    if token > 255 or token in _CLOSING:
-        return 8.0
-    return 1.0 if 0x20 <= token < 0x7F else 0.1
+@cache
+def _weights(n_tokens: int) -> NDArray[np.float64]:
+    """How likely each token is: those that end something, then what is printable."""
+    found = np.full(n_tokens, 0.1)
+    found[0x20:0x7F] = 1.0
+    found[[*_CLOSING, *range(256, n_tokens)]] = 8.0
+    return found

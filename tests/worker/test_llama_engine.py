@@ -604,14 +604,14 @@ def test_python_takes_little_time_for_each_token(tiny_llama: Path):
     generator = engine._generator
     assert generator is not None
     steps = 500
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(steps):
         spans = [Span(seq, 0, ids(300), True) for seq in range(8)]
         generator._checked(spans)
         generator._batch.fill(spans)
         thread_log().hold()
         thread_log().release(expected=True)
-    per_token = (time.perf_counter() - started) / steps / 8 * 1e6
+    per_token = (time.thread_time() - started) / steps / 8 * 1e6
     print(f"python per token and step: {per_token:.1f} us")
     assert per_token < 30
     engine.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import shutil
-import tempfile
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +46,7 @@ from tests.worker.waiting import in_thread
 
 pytestmark = pytest.mark.engine
 
+N = 500 if os.environ.get("LLAMA_WORKER_PROOF") else 50
 N_CTX = 512
 PROMPTS = st.one_of(
     st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40),
@@ -101,11 +101,13 @@ class Calls(RuleBasedStateMachine):
 
     streams = Bundle("streams")
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.models = [folder / "a.gguf", folder / "b.gguf"]
+
     @initialize()
     def open(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        self.models = [synth.llama(self.folder / "a.gguf"), synth.llama(self.folder / "b.gguf", n_vocab=400)]
-        (self.folder / "bad.gguf").write_bytes(self.models[0].read_bytes()[:100_000])
         self.worker = self._opened()
 
     def _opened(self) -> LlamaWorker:
@@ -238,16 +240,24 @@ class Calls(RuleBasedStateMachine):
                 assert reply.usage.completion_tokens == 2
             finally:
                 self._bounded(self.worker.close)
-                shutil.rmtree(self.folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models that serve, and one that does not: `a.gguf`, `b.gguf`, `bad.gguf`. Nobody writes to them."""
+    folder = tmp_path_factory.mktemp("models")
+    whole = synth.llama(folder / "a.gguf")
+    synth.llama(folder / "b.gguf", n_vocab=400)
+    (folder / "bad.gguf").write_bytes(whole.read_bytes()[:100_000])
+    return folder
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("n", [50, pytest.param(500, marks=pytest.mark.proof)])
-def test_no_sequence_of_calls_breaks_the_worker(n: int):
+def test_no_sequence_of_calls_breaks_the_worker(folder: Path):
     run_state_machine_as_test(
-        Calls,
+        lambda: Calls(folder),
         settings=settings(
-            max_examples=n,
+            max_examples=N,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
