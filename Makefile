@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
 PYTEST := $(BIN)/python -m pytest
+HALVES := $(BIN)/python -m tests.halves
 # After installation nothing goes out: not the frameworks' telemetry, not a model hub, not a tokenizer download.
 export HF_HUB_OFFLINE := 1
 export LANGSMITH_TRACING := false
@@ -21,10 +22,10 @@ demo: $(VENV)/.demo ## install what is needed, then run LangChain and LlamaIndex
 check: $(VENV)/.dev static unit ## format, lint, types, import rules and the tests that need no engine (two minutes)
 
 test: $(VENV)/.dev static ## check, and every test on the real engine, long loops at a tenth, with the coverage gate
-	$(PYTEST) -m "not proof" --cov --cov-report=term-missing:skip-covered
+	$(HALVES) -m "not proof" --cov
 
 proof: $(VENV)/.dev static ## every test with every full count
-	LLAMA_WORKER_PROOF=1 $(PYTEST) -m "proof or not proof"
+	LLAMA_WORKER_PROOF=1 $(HALVES) -m "proof or not proof"
 
 soak: $(VENV)/.dev ## ten minutes (SECONDS=600) of load from all sides while the model is reloaded
 	$(BIN)/python -m tests.worker.soak --seconds $(or $(SECONDS),600)
@@ -33,7 +34,7 @@ bench: $(VENV)/.dev ## measure, side by side with the peers, and write docs/benc
 	$(BIN)/python -m benchmarks
 
 clean: ## remove caches and build outputs, keep the environment
-	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
 
 static: $(VENV)/.dev namespaces
 	$(BIN)/ruff format --check .
