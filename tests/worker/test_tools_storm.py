@@ -22,6 +22,9 @@ from tests.worker.tools import MAIL, QWEN, SCHEMAS, TOOLS, WEATHER, assert_sound
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 N = 1000 if os.environ.get("LLAMA_WORKER_PROOF") else 100
+SOME = max(25, N // 10)
+"""For what is not counted: the demo model reads and writes a hundred tokens in a second of one core."""
+
 HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "reasoning_budget": 10}
 """Some of these templates let a model think first; one without sense would never come to an end of that."""
 
@@ -73,7 +76,7 @@ def test_every_required_call_is_valid(worker: LlamaWorker) -> None:
 
 
 def test_left_to_itself_it_writes_text_or_valid_calls(worker: LlamaWorker) -> None:
-    got = replies(worker, N // 4, called_before(), tools=TOOLS, max_tokens=60, temperature=1.0, top_k=40)
+    got = replies(worker, SOME, called_before(), tools=TOOLS, max_tokens=60, temperature=1.0, top_k=40)
     for reply in got:
         assert_sound(reply)
     kinds = Counter("call" if reply.tool_calls or reply.invalid_tool_calls else "text" for reply in got)
@@ -82,13 +85,14 @@ def test_left_to_itself_it_writes_text_or_valid_calls(worker: LlamaWorker) -> No
 
 
 def test_hot_text_never_holds_a_broken_call(worker: LlamaWorker) -> None:
-    for reply in replies(worker, N // 4, called_before(), tools=TOOLS, max_tokens=60):
+    for reply in replies(worker, SOME, called_before(), tools=TOOLS, max_tokens=60):
         assert_sound(reply)
 
 
 def test_parallel_calls_are_valid_each(worker: LlamaWorker) -> None:
-    asked = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": True, "max_tokens": 300}
-    got = replies(worker, max(N // 10, 20), chat("Do several things."), **asked)
+    most = 150 if "SmolLM2" in worker.info.name else 300  # without sense a string is spelled byte by byte
+    asked = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": True, "max_tokens": most}
+    got = replies(worker, 20, chat("Do several things."), **asked)
     for reply in got:
         assert_sound(reply)
         assert reply.tool_calls or reply.finish_reason == "length"
@@ -97,13 +101,13 @@ def test_parallel_calls_are_valid_each(worker: LlamaWorker) -> None:
 
 def test_the_named_tool_is_called(worker: LlamaWorker) -> None:
     choice = {"type": "function", "function": {"name": "send_mail"}}
-    for reply in replies(worker, N // 10, chat("Hi"), tools=TOOLS, tool_choice=choice, max_tokens=1000):
+    for reply in replies(worker, SOME // 2, chat("Hi"), tools=TOOLS, tool_choice=choice, max_tokens=1000):
         assert_sound(reply)
         assert [call.name for call in reply.tool_calls] == ["send_mail"]
 
 
 def test_told_not_to_it_calls_nothing(worker: LlamaWorker) -> None:
-    for reply in replies(worker, N // 10, called_before(), tools=TOOLS, tool_choice="none", max_tokens=40):
+    for reply in replies(worker, SOME // 2, called_before(), tools=TOOLS, tool_choice="none", max_tokens=20):
         assert not reply.tool_calls
         assert not reply.invalid_tool_calls
 
@@ -138,7 +142,7 @@ def test_every_text_is_what_it_has_to_be(worker: LlamaWorker, kind: str) -> None
     ended = 0
     for prompt in (chat("Answer."), "Once upon"):
         hot = HOT if isinstance(prompt, list) else {**HOT, "reasoning_budget": None}
-        outcomes = worker.infer_batch([prompt] * (N // 20), response_format=asked, max_tokens=100, **hot)
+        outcomes = worker.infer_batch([prompt] * max(5, N // 100), response_format=asked, max_tokens=100, **hot)
         for reply in outcomes:
             assert isinstance(reply, Reply), reply
             ended += reply.finish_reason == "stop"
@@ -150,7 +154,7 @@ def test_every_text_is_what_it_has_to_be(worker: LlamaWorker, kind: str) -> None
 
 def test_with_tools_and_a_form_it_is_either(worker: LlamaWorker) -> None:
     form = {"type": "json_schema", "json_schema": WEATHER["parameters"]}
-    got = replies(worker, max(N // 4, 20), chat("Rome"), tools=TOOLS, response_format=form, max_tokens=1000)
+    got = replies(worker, SOME, chat("Rome"), tools=TOOLS, response_format=form, max_tokens=1000)
     for reply in got:
         assert_sound(reply)
         if reply.finish_reason == "stop":
@@ -164,7 +168,7 @@ def test_streams_of_many_threads_and_loops_with_grammars_of_their_own(worker: Ll
     """Different grammars share a batch; free text runs beside them; some leave in the midst of a call."""
     asked: list[dict[str, Any]] = [
         {"tools": TOOLS, "tool_choice": "required", "max_tokens": 600},
-        {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": True, "max_tokens": 200},
+        {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": True, "max_tokens": 100},
         {"response_format": {"type": "regex", "regex": "(ab|cd){2,9}"}, "max_tokens": 60},
         {"tools": TOOLS, "max_tokens": 30},
         {"max_tokens": 30},
