@@ -251,7 +251,7 @@ def test_one_date_stands_in_all_its_prompts(staged: Callable[..., Stage]):
     template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     stage = staged(chat_template=template)
     session = stage.worker.session()
-    session._today = date(2020, 2, 2)
+    session._calls.today = date(2020, 2, 2)
     session.ensure_prefix([SYSTEM])
     session.prefill_suffix([USER])
     assert stage.worker.detokenize(session.tokens).startswith("2020-02-02")
@@ -503,7 +503,7 @@ def test_a_pinned_prefix_outlives_what_others_do(staged: Callable[..., Stage], p
     session = stage.worker.session()
     first = session.ensure_prefix([SYSTEM])
     if not pinned:
-        session._pin.release()
+        session._calls.pin.release()
     fill(stage.worker)
     again = session.ensure_prefix([SYSTEM])
     assert again.reused == (first.resident if pinned else 0)

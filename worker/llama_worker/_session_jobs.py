@@ -138,7 +138,7 @@ def tokens_step(
     """Compute `tokens`, which begin with those that are `held`; or answer them. Raises as `chat_step`."""
     if held is not None:
         held.check(view)
-    _check_ids(view, tokens)
+    check_ids(view, tokens)
     job = view.prepare_generation(request, tokens=tokens, says=says)
     if held is not None:
         held.check(view, job.kv)
@@ -190,7 +190,8 @@ def _closed(ends: Sequence[End], length: int) -> list[End]:
     return [*within[:-1], (within[-1][0], length)] if within else []
 
 
-def _check_ids(view: ModelView, tokens: TokenIds) -> None:
+def check_ids(view: ModelView, tokens: TokenIds) -> None:
+    """Raises InvalidRequestError for ids that are none of the vocabulary's."""
     n_vocab = view.limits.n_vocab
     wrong = tokens[(tokens < 0) | (tokens >= n_vocab)]
     if len(wrong):

@@ -396,6 +396,7 @@ class LlamaWorker:
         """
         return Session(
             self._desk,
+            self._transfer,
             self,
             name,
             enable_thinking=enable_thinking,
