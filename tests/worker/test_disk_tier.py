@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,41 @@ def test_who_shares_the_folder_finds_what_others_wrote(tmp_path: Path):
     assert (sink.text, settled(two).disk_hits) == (alone(next_turn(conversation(0))), 1)
     one.shut_down()
     two.shut_down()
+
+
+def test_what_is_still_in_the_line_is_found_there(tmp_path: Path):
+    """A disk that takes its time to write keeps nobody from what is in RAM all the while."""
+    bench, held_up = with_disk("plain", tmp_path), Event()
+    ask(bench, conversation(0))
+    begin(held_up.wait)
+    try:
+        ask(bench, conversation(1))
+        sink = ask(bench, next_turn(conversation(0)))
+        cache = cache_metrics_of(bench.service)
+        assert (sink.text, cache.disk_hits, cache.disk) == (alone(next_turn(conversation(0))), 1, 0)
+    finally:
+        held_up.set()
+    bench.shut_down()
+
+
+def test_what_comes_faster_than_the_disk_takes_it_is_dropped(tmp_path: Path):
+    bench, held_up = with_disk("plain", tmp_path), Event()
+    assert bench.service.loaded is not None
+    disk = bench.service.loaded.disk
+    assert disk is not None
+    ask(bench, conversation(0))
+    begin(held_up.wait)
+    try:
+        disk._line = 10_000
+        for i in range(1, 12):
+            assert ask(bench, conversation(i)).text == alone(conversation(i))
+        assert disk.room >= 0
+    finally:
+        held_up.set()
+    cache = settled(bench)
+    assert cache.disk_dropped > 0
+    assert cache.disk + cache.disk_dropped == 11
+    bench.shut_down()
 
 
 def test_a_longer_prefix_replaces_what_it_leads_to(tmp_path: Path):

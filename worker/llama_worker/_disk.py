@@ -33,6 +33,15 @@ class Reading:
     is_done: bool = False
 
 
+class _Writing:
+    """An entry in the line."""
+
+    def __init__(self, entry: Entry, done: Future[None]) -> None:
+        places = tuple(checkpoint.length for checkpoint in entry.checkpoints)
+        self.entry, self.done = entry, done
+        self.shelved = Shelved(tokens=entry.tokens, kv=entry.kv, checkpoints=places, n_bytes=entry.n_bytes)
+
+
 class Disk:
     """A Shelf (see `_disk_tier`). Made and asked by the worker thread; `nudge` wakes it when something was read.
 
@@ -47,7 +56,7 @@ class Disk:
         self._can_trim = view.limits.can_trim_restored
         self._line = max(LEAST_LINE, view.config.cache_ram << 20)
         self._store: DiskStore | None = None
-        self._writing: list[tuple[Future[None], int]] = []
+        self._writing: list[_Writing] = []
         self._looking: Future[None] | None = None
         self._n_refused = self._n_too_large = 0  # one counter for each thread that counts
         self._n_unread = self._n_failed = 0
@@ -59,7 +68,13 @@ class Disk:
 
     @property
     def index(self) -> Sequence[Shelved]:
-        return () if self._store is None else self._store.index
+        """What there is, and what is about to be: it can be had already, from the line of what is to be written."""
+        files = () if self._store is None else self._store.index
+        return (*files, *[writing.shelved for writing in self._under_way()]) if self._writing else files
+
+    @property
+    def n_files(self) -> int:
+        return 0 if self._store is None else len(self._store.index)
 
     @property
     def n_bytes(self) -> int:
@@ -76,11 +91,13 @@ class Disk:
     @property
     def room(self) -> int:
         """Bytes that may be given to `write` now."""
-        self._writing = [(writing, n_bytes) for writing, n_bytes in self._writing if not writing.done()]
-        return self._line - sum(n_bytes for _, n_bytes in self._writing)
+        return self._line - sum(writing.entry.n_bytes for writing in self._under_way())
 
     def read(self, shelved: Shelved) -> Reading:
         """See Shelf."""
+        for writing in self._writing:
+            if writing.shelved is shelved:
+                return Reading(writing.entry, is_done=True)
         reading = Reading()
         begin_reading(lambda: self._read(shelved, reading))
         return reading
@@ -91,7 +108,7 @@ class Disk:
         if entry.n_bytes > room and self._writing:
             self._n_refused += 1
         else:
-            self._writing.append((begin(lambda: self._write(entry)), entry.n_bytes))
+            self._writing.append(_Writing(entry, begin(lambda: self._write(entry))))
 
     def refresh(self) -> None:
         """See Shelf."""
@@ -100,7 +117,11 @@ class Disk:
 
     def flush(self, timeout: float) -> None:
         """Wait until everything is written, at most `timeout` seconds."""
-        wait([writing for writing, _ in self._writing], timeout)
+        wait([writing.done for writing in self._writing], timeout)
+
+    def _under_way(self) -> list[_Writing]:
+        self._writing = [writing for writing in self._writing if not writing.done.done()]
+        return self._writing
 
     # -- on the thread for writes -------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class DiskTier:
         if fetch is None:
             generation.asked_disk = True
             self._fetch = _Fetch(generation, self._shelf.read(best), self._clock() + PATIENCE)
+            return not self._fetch.reading.is_done
         return True
 
     def take(self, generation: Generation) -> Entry | None:

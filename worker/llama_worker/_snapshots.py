@@ -70,7 +70,7 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
         saved_hits=tier.counts.hits,
         restored_tokens=checkpoints.counts.restored_tokens + tier.counts.restored_tokens + hits.restored_tokens,
         state_failures=checkpoints.counts.failed,
-        disk=0 if disk is None else len(disk.index),
+        disk=0 if disk is None else disk.n_files,
         disk_bytes=0 if disk is None else disk.n_bytes,
         disk_hits=hits.hits,
         disk_written=0 if disk is None else disk.written,
