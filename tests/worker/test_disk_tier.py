@@ -30,9 +30,12 @@ from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import Fault, fake_loader, fake_worker
 from tests.worker.bench import Bench
 from tests.worker.disk_talker import prompt, talk
-from tests.worker.test_cache_transfer import ask, conversation, told
+from tests.worker.test_cache_transfer import ask, conversation, imported, told
 from tests.worker.test_disk_store import full_disk
 from tests.worker.test_going_back import alone, opened
+from tests.worker.test_lora_cache import LONG, SETS, answered
+from tests.worker.test_lora_cache import alone as with_set
+from tests.worker.test_lora_cache import opened as with_loras
 from tests.worker.test_prefix_cache import ids, run_of
 
 PROOF = bool(os.environ.get("LLAMA_WORKER_PROOF"))
@@ -289,6 +292,37 @@ def test_what_was_computed_with_adapters_is_not_found_without(tmp_path: Path):
     assert not tier(shelf).is_awaited(wanting(run_of(0, 400), other), held(0))
     assert tier(shelf).is_awaited(wanting(run_of(0, 400), some), held(0))
     assert [tier(shelf).wants(run_of(0, 300), kv) for kv in (some, other, BASE)] == [False, True, True]
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["trims", "checkpoints"])
+def test_what_was_computed_with_adapters_comes_back_to_the_same_set_only(hybrid: bool, tmp_path: Path):
+    """Also in another worker, which knows a set by what its files hold. The prompts are the same, word for word."""
+    settings: dict[str, Any] = {"n_parallel": 1, "cache_ram": 0, "cache_dir": str(tmp_path)}
+    bench = with_loras(hybrid=hybrid, **settings)
+    for which, loras in enumerate(SETS):
+        assert answered(bench, LONG, loras).text == with_set(LONG, which)
+        assert settled(bench).disk_hits == 0
+    bench.shut_down()
+    assert len(list(tmp_path.iterdir())) == len(SETS)
+    bench = with_loras(hybrid=hybrid, **settings)
+    for which, loras in enumerate(SETS):
+        turn = LONG + with_set(LONG, which) + " and more"
+        sink = answered(bench, turn, loras)
+        assert (sink.text, sink.terminal.usage.cached_tokens >= len(LONG)) == (with_set(turn, which), True)
+        assert settled(bench).disk_hits == which + 1
+    bench.shut_down()
+
+
+def test_adapters_travel_with_an_exported_cache(tmp_path: Path):
+    bench = with_loras(n_parallel=8)
+    for loras in SETS:
+        answered(bench, LONG, loras)
+    (entries,) = told(bench, Export(epoch=1))
+    other = with_loras(n_parallel=8)
+    assert told(other, imported(*entries)) == [len(SETS)]
+    for which, loras in enumerate(SETS):
+        sink = answered(other, LONG, loras)
+        assert (sink.text, sink.terminal.usage.cached_tokens) == (with_set(LONG, which), len(LONG))
 
 
 # --- a disk that does not serve
