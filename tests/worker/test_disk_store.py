@@ -262,22 +262,23 @@ def killed_writer(folder: Path, budget: int, rng: random.Random) -> int:
     command = [sys.executable, "-m", "tests.worker.disk_writer", str(folder), str(budget)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
-        said = 0
+        said, done = 0, set()
         for _ in range(rng.randrange(2, 12)):
             assert writer.stdout.readline() == f"{said}\n"
+            done.add(DiskStore(folder, FINGERPRINT).name_of(prefix(said)))
             said += 1
         if rng.random() < 0.8:
-            await_part(folder, int(rng.random() * prefix(said).n_bytes))
+            await_part(folder, done, int(rng.random() * prefix(said).n_bytes))
         writer.send_signal(signal.SIGKILL)
         return said + len(writer.stdout.read().splitlines())
 
 
-def await_part(folder: Path, n_bytes: int) -> None:
-    """Come back when so much of a file is written, or it was too quick to be seen."""
+def await_part(folder: Path, done: set[str], n_bytes: int) -> None:
+    """Come back when so much of another file than those that are `done` is written, or it was too quick to be seen."""
     for _ in range(3000):
         for file in list(folder.iterdir()) if folder.exists() else ():
             with suppress(FileNotFoundError):
-                if file.name.endswith(".tmp") and file.stat().st_size >= n_bytes:
+                if file.name not in done and file.stat().st_size >= n_bytes:
                     return
 
 

@@ -71,6 +71,17 @@ def test_no_bit_can_be_another_one():
             SavedPrefix.parsed(flipped)
 
 
+def test_a_head_alone_is_damaged_or_right():
+    """Whoever only looks for a beginning goes by it, and reads nothing else."""
+    data = small().to_bytes()[: head_size(small().to_bytes())]
+    assert parsed_head(data).n_bytes == small().n_bytes
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(StateError):
+            parsed_head(flipped)
+
+
 def test_no_byte_can_be_missing_or_too_many():
     data = small().to_bytes()
     for length in range(len(data)):
