@@ -333,3 +333,18 @@ def shortfall(engine: Engine, prompt: TokenIds, said: Sequence[int]) -> float:
         worst, row = max(worst, float(logits.max() - logits[token])), 0
         assert engine.decode([Span(0, engine.seq_end(0), np.array([token]), True)]) is DecodeStatus.OK
     return worst
+
+
+def test_the_demo_model_takes_an_adapter(smollm2_path: Path, tmp_path: Path):
+    """Quantised weights, an adapter in F32; what is its own is untouched, and scales matter."""
+    path = synth_lora.lora(tmp_path / "style.gguf", smollm2_path, rank=2, alpha=0.5, matrices=("attn_v", "ffn_down"))
+    engine = opened(smollm2_path, n_ctx=512)
+    base = logits_after(engine, numbers(24))
+    digest, rows = engine.load_lora(str(path)).digest, []
+    for scale in (1.0, 0.5):
+        engine.use_loras(KVIdentity.of([(digest, scale)]))
+        rows.append(logits_after(engine, numbers(24)))
+    engine.use_loras(BASE)
+    np.testing.assert_array_equal(logits_after(engine, numbers(24)), base)
+    assert np.abs(rows[0] - base).max() > np.abs(rows[1] - base).max() > 0.1
+    engine.close()

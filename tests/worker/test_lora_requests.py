@@ -23,7 +23,7 @@ from llama_worker import (
     UnsupportedFeatureError,
     WorkerClosed,
     WorkerConfig,
-    get_worker,
+    get_handle,
 )
 from llama_worker.testing import FakeEngine, Fault, Gate, fake_loader, fake_worker
 from tests import synth_lora
@@ -394,9 +394,9 @@ def test_metrics_outlive_what_they_count():
 
 
 def test_equal_adapters_are_equal_configurations():
-    first = get_worker(ModelConfig(model="/nowhere.gguf", lora_paths={"a": "/x", "b": "/y"}))
-    assert get_worker(ModelConfig(model="/nowhere.gguf", lora_paths=[("b", "/y"), ("a", "/x")])) is first
-    assert get_worker(ModelConfig(model="/nowhere.gguf", lora_paths={"a": "/x"})) is not first
+    first = get_handle(ModelConfig(model="/nowhere.gguf", lora_paths={"a": "/x", "b": "/y"}))
+    assert get_handle(ModelConfig(model="/nowhere.gguf", lora_paths=[("b", "/y"), ("a", "/x")])) is first
+    assert get_handle(ModelConfig(model="/nowhere.gguf", lora_paths={"a": "/x"})) is not first
 
 
 # --- on the real engine
