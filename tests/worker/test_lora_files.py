@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_worker import LlamaWorker, LoraLoadError, ModelConfig
+from llama_worker import LlamaWorker, LoraLoadError, ModelConfig, ModelLoadError, inspect_model
 from tests import synth_lora
 from tests.synth_lora import Pair
 from tests.worker.test_fuzz_headers import outcomes
@@ -107,6 +107,12 @@ def test_a_model_is_no_adapter(worker: LlamaWorker, tiny_llama: Path, minilm_pat
     for path in (tiny_llama, minilm_path):
         with pytest.raises(LoraLoadError, match="it is no LoRA adapter"):
             worker.add_lora("wrong", path)
+
+
+def test_an_adapter_is_no_model(tiny_llama: Path, tmp_path: Path):
+    path = synth_lora.lora(tmp_path / "style.gguf", tiny_llama)
+    with pytest.raises(ModelLoadError, match=r"style\.gguf is an adapter.*lora_paths"):
+        inspect_model(str(path))
 
 
 def test_embeddings_that_are_the_output_matrix_too_are_not_changed(tiny_swa: Path, tmp_path: Path):

@@ -126,6 +126,10 @@ def _info(path: Path, shards: Sequence[Path], headers: Sequence[Header]) -> Mode
     architecture = header.text("general.architecture")
     if not architecture:
         raise ModelLoadError(f"{path.name} does not name its architecture (general.architecture); it is no model file")
+    if header.text("general.type") == "adapter":
+        raise ModelLoadError(
+            f"{path.name} is an adapter, no model; open the model that it is for, with it in lora_paths"
+        )
     key = f"{architecture}.".__add__
     fault = _fault(header, key)
     if fault:
