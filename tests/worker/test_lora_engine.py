@@ -13,7 +13,7 @@ from llama_worker import LoraLoadError, ModelConfig
 from llama_worker._engine.base import DecodeStatus, Engine, Floats, Span, StateError, TokenIds
 from llama_worker._engine.llama import LlamaEngine, load
 from llama_worker._identity import BASE, KVIdentity
-from llama_worker._snapshots import cache_metrics_of
+from llama_worker._snapshots import cache_metrics_of, metrics_of
 from llama_worker.testing import FakeEngine, fake_limits
 from tests import synth_lora
 from tests.worker.bench import Bench
@@ -282,8 +282,9 @@ def test_the_same_content_is_loaded_once(tiny_llama: Path, style: Path, tmp_path
 # --- a worker of them
 
 
+@pytest.mark.parametrize("speculation", ["off", "on"])
 def test_requests_of_different_sets_at_once_say_what_each_model_would(
-    tiny_llama: Path, style: Path, facts: Path, tmp_path: Path
+    speculation: str, tiny_llama: Path, style: Path, facts: Path, tmp_path: Path
 ):
     """The numeric tier: each emitted token is nearly the likeliest one of a model with these adapters merged in.
 
@@ -300,6 +301,7 @@ def test_requests_of_different_sets_at_once_say_what_each_model_would(
         n_kv_cells=768,
         n_parallel=6,
         n_threads=1,
+        speculation=speculation,
         **PRECISE,
     ).load()
     bench.check = bench.scheduler.cache.check  # type: ignore[method-assign]
@@ -310,6 +312,7 @@ def test_requests_of_different_sets_at_once_say_what_each_model_would(
     bench.settle(*sinks, most=20_000)
     assert bench.service.loras.snapshot({})["style"].switches > 4
     assert cache_metrics_of(bench.service).reused_tokens > 500
+    assert (metrics_of(bench.service).drafted_tokens > 0) == (speculation == "on")
     view = bench.published.view(0)
     assert view is not None
     for number, loras in enumerate(sets):
