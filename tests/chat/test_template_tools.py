@@ -209,6 +209,16 @@ def test_parameters_are_filled_where_the_template_looks_for_more() -> None:
     assert lay_out(source, user(), tools=[ToolSpec(name="f", parameters=schema)]).startswith("INTEGERSTRINGOBJECT")
 
 
+def test_one_of_several_types_is_named_where_the_template_knows_no_more() -> None:
+    """Like Hermes', which asks for the type of each of them for ever."""
+    macro = "{% macro kind(t) %}{{ t | upper if t is string else kind(t) }}{% endmacro %}"
+    look = "{% for tool in tools %}{% for p in tool.function.parameters.properties.values() %}{{ kind(p.type) }}"
+    several = {"n": {"type": ["null", "integer"]}, "s": {"type": ["string", "null"]}, "z": {"type": "null"}}
+    tool = ToolSpec(name="f", parameters={"type": "object", "properties": several})
+    source = macro + look + "{% endfor %}{% endfor %}" + NATIVE
+    assert lay_out(source, user(), tools=[tool]).startswith("INTEGERSTRINGNULL")
+
+
 def test_what_was_said_beside_a_call_is_not_dropped() -> None:
     source = NATIVE.replace("~ m.content", "~ (m.content if not m.tool_calls else '')")
     talk = called(("c1", "ping", {}), text="wait")

@@ -37,7 +37,7 @@ def describe_tools(chat: Chat, wording: Wording) -> Chat:
 
 
 def fill_parameters(chat: Chat, wording: Wording) -> Chat:
-    """Every parameter has a description and a type."""
+    """Every parameter has a description and one type."""
     if not chat.tools:
         return chat
     return replace(chat, tools=[{**tool, "function": _filled_function(tool["function"])} for tool in chat.tools])
@@ -60,7 +60,9 @@ def _filled(schema: Any) -> Any:
 def _described(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
-    return {"type": _type_of(schema), "description": "", **_filled(schema)}
+    described = {"type": _type_of(schema), "description": "", **_filled(schema)}
+    kinds = [kind for kind in _listed(described["type"]) if kind != "null"]
+    return {**described, "type": kinds[0]} if kinds else described
 
 
 def _type_of(schema: dict[str, Any]) -> str:

@@ -171,7 +171,7 @@ _RESULTS_FROM_USER = Rule(
 # In the order in which they are applied.
 RULES = (
     _DESCRIBE,
-    Rule("parameters without a type or a description get one", fill_parameters, weight=1, needs="tools"),
+    Rule("parameters without one type or a description get one", fill_parameters, weight=1, needs="tools"),
     _TEXT_ARGUMENTS,
     _TEXT_VALUES,
     Rule("the ids of calls are rewritten as nine letters and digits", short_ids, weight=1, needs="calls tool"),
