@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama_worker import (
@@ -32,6 +33,7 @@ from llama_worker import (
     cancel_scope,
 )
 from llama_worker._engine.base import DecodeStatus
+from llama_worker._prefix_cache import PrefixCache
 from llama_worker._scheduler import WORTH_WAITING
 from llama_worker.testing import FakeEngine, Fault, Gate, assert_well_formed, fake_loader, fake_worker
 
@@ -170,6 +172,13 @@ def test_a_prefix_that_is_being_computed_is_waited_for(staged: Callable[..., Sta
         done = [status.result(timeout=30) for status in statuses]
     assert stage.engine.n_rows == sum(status.prefilled for status in done)
     assert stage.engine.n_rows < done[0].resident + 3 * WORTH_WAITING
+
+
+def test_all_that_follow_a_prefix_begin_at_its_end(stage: Stage):
+    """Also where nothing can be cut off, and the first of them has gone on in the slot that held it."""
+    status = stage.worker.warm([SYSTEM])
+    cached = [stage.worker.generate([SYSTEM, said], max_tokens=4).usage.cached_tokens for said in (USER, MORE, REPLY)]
+    assert min(cached) >= status.resident
 
 
 def test_warm_spares_the_next_request(stage: Stage):
@@ -556,17 +565,30 @@ def test_a_session_that_is_gone_pins_nothing(staged: Callable[..., Stage], how: 
 # --- which slot
 
 
-def test_of_equal_slots_a_session_finds_its_own(staged: Callable[..., Stage]):
-    stage = staged(n_parallel=3)
-    for name in ("one", "two", "three"):
-        stage.worker.generate([SYSTEM, Message(role="user", content=name * 30)], session=name, max_tokens=1)
-    held = [stage.engine.held(seq) for seq in range(3)]
-    changed = [SYSTEM]
-    stage.worker.generate(changed, session="two", max_tokens=1)
-    mine = [seq for seq in range(3) if stage.engine.held(seq) != held[seq]]
-    owners = {slot.seq: slot.session for slot in stage.worker._service.loaded.scheduler.cache.slots}  # type: ignore[union-attr]
-    assert len(mine) == 1
-    assert owners[mine[0]] == "two"
+def test_of_equal_slots_a_session_finds_its_own():
+    """Three hold the same beginning and little else; asked by nobody they know, it is the first."""
+    prompt = np.arange(100, dtype=np.int32)
+    for asking, found in (("one", 0), ("two", 1), ("three", 2), ("four", 0), (None, 0)):
+        books = PrefixCache(n_seq=3, n_cells=1024, can_trim=True, can_share=True)
+        slots = []
+        for i, name in enumerate(("one", "two", "three")):
+            loan = books.lend(np.append(prompt, 900 + i), name)
+            books.extend(loan.slot, np.append(prompt, 900 + i)[loan.reused :])
+            slots.append(loan.slot)
+        for slot in slots:
+            books.give_back(slot)
+        assert books.lend(prompt, asking).slot is slots[found]
+        books.check()
+
+
+def test_a_busy_slot_is_not_waited_for():
+    prompt = np.arange(100, dtype=np.int32)
+    books = PrefixCache(n_seq=2, n_cells=1024, can_trim=True, can_share=True)
+    first = books.lend(prompt, "mine")
+    books.extend(first.slot, prompt)
+    again = books.lend(prompt, "mine")
+    assert again.slot is not first.slot
+    assert again.reused == 99
 
 
 # --- tokens

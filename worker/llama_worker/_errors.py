@@ -140,7 +140,7 @@ class ContextOverflowError(RequestError):
     """The request needs more tokens than the context offers.
 
     `stage` is "prompt" (the prompt alone does not fit), "max_tokens" (prompt and the requested
-    completion together do not) or "embed" (one text is longer than an embedding batch).
+    completion together do not), "embed" (one text is longer than an embedding batch) or "import" (a session's state).
     `resident` tokens are there already, `additional` were asked for, `n_ctx` is the limit.
     """
 

@@ -270,8 +270,9 @@ class GenerationRequest(Settings):
     `speculate`: False guesses nothing of this reply, True whatever can be guessed, None as its ModelConfig says.
 
     `timeout` is in seconds and includes the time in the queue. `session` names whom it is for: sessions that
-    wait take turns. Without one it belongs to the thread that submits it, which for all tasks of an event loop
-    is the loop's. `priority` (-3 to 3) goes before lower ones, which get every seventeenth turn at least.
+    wait take turns, and of equally good slots each gets the one that it used last. Without one it belongs to the
+    thread that submits it, which for all tasks of an event loop is the loop's. `priority` (-3 to 3) goes before
+    lower ones, which get every seventeenth turn at least.
     """
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
