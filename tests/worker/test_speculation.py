@@ -121,6 +121,42 @@ def test_every_event_comes_as_without() -> None:
     assert texts("on") == texts("off")
 
 
+def test_a_cancel_between_two_rows_of_drafts_leaves_a_slot_to_go_on_from() -> None:
+    """The flag may be set at any moment; the slot holds what was said until then, but for the last token."""
+    bench = bench_of()
+    sink, cancel = bench.ask(LOOP, max_tokens=80, ignore_eos=True)
+    sample = bench.engine.sample
+
+    def sampled(row: int, sampler: Any, mask: Any = None) -> int:
+        if row == 1 and len(bench.engine._outputs) > 4:
+            cancel.cancel()
+        return sample(row, sampler, mask)
+
+    bench.step(2)
+    bench.engine.sample = sampled  # type: ignore[method-assign]
+    while not cancel.is_set:
+        bench.step()
+    bench.settle(sink)
+    assert sink.terminal.reason == "cancelled"
+    whole = answers(bench_of(speculation="off"), LOOP)[0].text
+    assert whole.startswith(sink.text)
+    assert answers(bench, LOOP)[0].text == whole
+
+
+def test_no_more_is_drafted_than_may_be_said() -> None:
+    bench = bench_of()
+    decode, furthest = bench.engine.decode, 0
+
+    def watched(spans: list[Span]) -> DecodeStatus:
+        nonlocal furthest
+        furthest = max(furthest, *[span.start + len(span.tokens) for span in spans])
+        return decode(spans)
+
+    bench.engine.decode = watched  # type: ignore[method-assign,assignment]
+    (sink,) = answers(bench, LOOP, max_tokens=50)
+    assert furthest == sink.terminal.usage.prompt_tokens + 50 - 1
+
+
 def test_a_scripted_reply_ends_where_it_ends() -> None:
     reply = "alpha beta gamma. " * 12
     bench = Bench(reply, speculation="on").load()
@@ -368,14 +404,14 @@ def test_auto_pays_where_only_certain_drafts_do() -> None:
 
 def test_auto_never_costs_much() -> None:
     """Whatever a row costs, and however well a text can be guessed."""
-    for rows_by_eights in (0.5, 1.0, 2.0, 4.0, 8.0):
+    for rows_by_eights in (1.0, 4.0, 8.0):
         cost = cost_of((1, 8.0), (8, 8.0 * rows_by_eights), (16, 16.0 * rows_by_eights))
-        for period in (3, 5, 8, 13, 30):
+        for period in (3, 5, 8, 13, 30) if PROOF else (5, 13):
             times = []
             for how in ("auto", "off"):
                 bench = TimedBench(cost, speculation=how)
                 bench.engine.period = period  # type: ignore[attr-defined]
-                times.append(bench.seconds(max_tokens=1000))
+                times.append(bench.seconds(max_tokens=700))
             assert times[0] < 1.08 * times[1], f"{rows_by_eights} steps for 8 rows, {period} tokens a run: {times}"
 
 
@@ -385,7 +421,7 @@ def test_auto_stays_off_where_text_does_not_repeat() -> None:
     bench.seconds()
     bench.engine.__class__ = FakeEngine  # the whole text counts: nothing comes again
     before = bench.n_steps_with_drafts
-    bench.seconds(max_tokens=2000)
+    bench.seconds(max_tokens=1000)
     assert bench.n_steps_with_drafts - before <= 4 * len(SIZES)
 
 

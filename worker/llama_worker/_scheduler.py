@@ -177,7 +177,7 @@ class Scheduler:
     def plan(self, most_rows: int | None = None) -> Batch | None:
         """The rows of the next step, at most `most_rows`; None when nobody runs. Changes nothing.
 
-        Tokens are drafted while nobody's prompt is computed, but not where `most_rows` says that there is no room.
+        Tokens are drafted in what room is left, while nobody's prompt is computed.
         """
         room = min(most_rows or self._limits.n_batch, self._limits.n_batch, self.cache.cells.free)
         decoding: list[Generation] = []
@@ -194,7 +194,7 @@ class Scheduler:
         spans = tuple([_span(g, n) for g, n in parts])
         n_rows = sum([n for _, n in parts])
         n_drafts = 0
-        if self.speculation is not None and not prefilling and most_rows is None:
+        if self.speculation is not None and not prefilling:
             spans = self.speculation.extended(spans, decoding[: len(parts)], room - n_rows)
             n_drafts = sum([len(span.tokens) for span in spans]) - n_rows
         return Batch(spans, tuple([g for g, _ in parts]), n_rows + n_drafts, n_drafts)
