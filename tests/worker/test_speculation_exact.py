@@ -142,11 +142,11 @@ def test_a_sampler_that_hears_of_drafts_is_found(model: Path, text: str, monkeyp
 
     params = {"temperature": 1.5, "top_k": 0, "seed": 3}
     (expected,), _ = answers(model, [text], **params)
-    sample_span: Callable[..., int] = _decoding._sample_span
+    sample_span: Callable[..., None] = _decoding._sample_span
 
-    def drawn_twice(loaded: Any, row: int, span: Span, generation: Generation) -> int:
+    def drawn_twice(service: Any, loaded: Any, row: int, span: Span, generation: Generation) -> None:
         loaded.engine.inner.sample(row, generation.sampler)
-        return sample_span(loaded, row, span, generation)
+        sample_span(service, loaded, row, span, generation)
 
     monkeypatch.setattr(_decoding, "_sample_span", drawn_twice)
     (found,), _ = answers(model, [text], [expected[0]], **params)

@@ -227,22 +227,23 @@ def _sample_drafted(service: Service, loaded: Loaded, batch: Batch) -> None:
     row = 0
     for span, generation in zip(batch.spans, batch.parts, strict=True):
         if span.output > 1:
-            service.meter.verified(span.output - 1, _sample_span(loaded, row, span, generation))
+            service.meter.drafted(span.output - 1)
+            _sample_span(service, loaded, row, span, generation)
         row += len(span.tokens)
 
 
-def _sample_span(loaded: Loaded, row: int, span: Span, generation: Generation) -> int:
-    """Sample row after row, as long as what was said so far is what was decoded. Returns how many behind the first.
+def _sample_span(service: Service, loaded: Loaded, row: int, span: Span, generation: Generation) -> None:
+    """Sample row after row, as long as what was said so far is what was decoded.
 
     A row says what follows the tokens up to it. So the next one counts only if all said tokens, the sampled and the
     forced ones, stand in front of it; whatever is behind them in the slot is of another text.
     """
     slot = generation.slot
     assert slot is not None
-    n, right, said = 0, 1, span.tokens[:1]
+    right, said = 1, span.tokens[:1]
     while right == len(said) and (chosen := _choose(loaded, row + right - 1, generation)) is not None:
-        generation.command.record.n_tokens += n > 0  # the first is counted already
-        n += 1
+        if right > 1:
+            service.meter.accepted(generation.command.record)  # before anybody can read an answer
         _say(loaded, *chosen)
         said = generation.tokens.part(span.start, generation.tokens.n)
         right = common_prefix(said, span.tokens)
@@ -251,7 +252,6 @@ def _sample_span(loaded: Loaded, row: int, span: Span, generation: Generation) -
     # Who goes on has something left to decode.
     right = min(right, len(said) - (generation.slot is not None))
     apply(loaded, loaded.scheduler.take_back(slot, span.start + right))
-    return max(0, n - 1)
 
 
 def _choose(loaded: Loaded, row: int, generation: Generation) -> tuple[Generation, int, TokenLogprob | None] | None:

@@ -105,14 +105,19 @@ class Meter:
         self._note_work(batch.n_rows - batch.n_drafts - decoding, decoding, ended - started)
         self.last_step = ended
 
-    def verified(self, n_drafts: int, n_accepted: int) -> None:
-        """Behind a row of the last step were `n_drafts` drafts, and `n_accepted` more rows were sampled for them."""
+    def drafted(self, n: int) -> None:
+        """Behind a row of the last step were `n` drafts."""
         drafted, accepted = self._drafts
-        self._drafts = drafted + n_drafts, accepted + n_accepted
+        self._drafts = drafted + n, accepted
+
+    def accepted(self, record: Record) -> None:
+        """One of them was right: its row is sampled too."""
+        drafted, accepted = self._drafts
+        self._drafts = drafted, accepted + 1
         decodes, prefill_tokens, decode_tokens, prefill_seconds, decode_seconds = self._work
-        self._work = (decodes, prefill_tokens, decode_tokens + n_accepted, prefill_seconds, decode_seconds)
-        if n_accepted:
-            self.inter_token.add(0.0, n_accepted)
+        self._work = (decodes, prefill_tokens, decode_tokens + 1, prefill_seconds, decode_seconds)
+        record.n_tokens += 1
+        self.inter_token.add(0.0)
 
     def not_decoded(self, status: str) -> None:
         """The engine returned `status` instead."""
