@@ -99,8 +99,9 @@ def test_only_the_owner_can_read_it(tmp_path: Path):
 def test_damage_is_found_wherever_it_is(tmp_path: Path):
     """Each byte of the head, and places all over the file; the file goes, and is never read again."""
     store = opened(tmp_path)
-    assert store.write(small(1))
-    path = tmp_path / store.name_of(small(1))
+    saved = small(1, 5000)
+    assert store.write(saved)
+    path = tmp_path / store.name_of(saved)
     whole = path.read_bytes()
     head = 200
     rng = random.Random(5)

@@ -195,6 +195,21 @@ def test_what_comes_faster_than_the_disk_takes_it_is_dropped(tmp_path: Path):
     bench.shut_down()
 
 
+def test_copies_that_come_back_from_the_disk_were_not_made_in_vain(tmp_path: Path):
+    """Whether copying pays is learnt with a disk as without: a flood that nobody comes back to is copied ever less."""
+    bench = with_disk("plain", tmp_path)
+    thrift, chances = bench.scheduler.cache.tier.thrift, []
+    for i in range(6):
+        ask(bench, conversation(i))
+        chances.append(thrift._chance[False])
+    assert chances == sorted(chances, reverse=True)
+    assert chances[0] == 1 > chances[-1]
+    ask(bench, next_turn(conversation(0)))
+    assert settled(bench).disk_hits == 1
+    assert thrift._chance[False] > chances[-1] * (1 - 1 / 32)
+    bench.shut_down()
+
+
 def test_a_longer_prefix_replaces_what_it_leads_to(tmp_path: Path):
     bench = with_disk("plain", tmp_path)
     history = conversation(0)

@@ -152,8 +152,6 @@ class RamTier:
             oldest = min(self.entries, key=lambda entry: entry.last_used)
             self._keep([entry for entry in self.entries if entry is not oldest])
             self._gone(oldest)
-            if self.overflow is None and oldest.continued is not None and not oldest.n_hits:
-                self.thrift.in_vain(continued=oldest.continued)
 
     def find(self, prompt: TokenIds, kv: KVIdentity = BASE) -> tuple[Entry | None, int]:
         """The entry of `kv` that leads to the longest beginning of `prompt`, and its length: at most all but one."""
@@ -176,6 +174,11 @@ class RamTier:
         counts = self.counts
         self.counts = replace(counts, hits=counts.hits + 1, restored_tokens=counts.restored_tokens + n_tokens)
 
+    def overflow_was_used(self) -> None:
+        """What had gone from here came back: it was not copied in vain. Of which kind it was, nobody knows any more."""
+        for continued in (False, True):
+            self.thrift.asked_for(continued=continued)
+
     def check(self) -> None:
         """Assert that the bytes add up and are within the budget."""
         assert self.n_bytes == sum(entry.n_bytes for entry in self.entries), "bytes of entries differ"
@@ -189,6 +192,8 @@ class RamTier:
 
     def _gone(self, entry: Entry) -> None:
         self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+        if entry.continued is not None and not entry.n_hits:
+            self.thrift.in_vain(continued=entry.continued)
         if self.overflow is not None:
             self.overflow.keep(entry)
 

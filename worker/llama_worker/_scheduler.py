@@ -293,6 +293,7 @@ class Scheduler:
         loan = self.cache.lend(tokens, session, goes_on=generation.is_prefill, kv=generation.kv, fetched=fetched)
         if self.disk is not None and fetched is not None and loan.recalled is fetched:
             self.disk.used(loan.reused)
+            self.cache.tier.overflow_was_used()
         return loan
 
     def _pin(self, generation: Generation, slot: Slot) -> None:
