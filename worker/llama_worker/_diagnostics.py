@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from llama_worker._config import ModelConfig, WorkerConfig
+from llama_worker._engine.base import EngineLimits
 from llama_worker._health import health_of, without_paths
 from llama_worker._service import Service
 from llama_worker._snapshots import cache_metrics_of, lora_metrics_of, metrics_of
@@ -41,7 +42,7 @@ def diagnose(service: Service, config: ModelConfig, worker_config: WorkerConfig)
         "model_config": _model(config.model_dump(mode="json")),
         "worker_config": worker_config.model_dump(mode="json"),
         "model": None if loaded is None else _model(asdict(loaded.view.info)),
-        "limits": None if loaded is None else asdict(loaded.view.limits),
+        "limits": None if loaded is None else _limits(loaded.view.limits),
         "health": asdict(without_paths(health_of(service))),
         "epoch": service.epoch,
         "metrics": asdict(metrics_of(service)),
@@ -68,6 +69,10 @@ def _system() -> dict[str, Any]:
         "memory_available": memory.available,
         "process_memory": psutil.Process().memory_info().rss,
     }
+
+
+def _limits(limits: EngineLimits) -> dict[str, Any]:
+    return {**asdict(limits), "state_mark": limits.state_mark.hex()}
 
 
 def _model(values: Mapping[str, Any]) -> dict[str, Any]:
