@@ -125,7 +125,7 @@ def test_the_same_storm_on_smollm2(smollm2_path: Path, tmp_path: Path):
     That alone is worth 0.3 on this model, far more than the tier allows for.
     """
     model = dequantized(smollm2_path, tmp_path / "smollm2-f32.gguf")
-    check_storm(ModelConfig(model=str(model), n_ctx=2048, n_parallel=8), n=N_THREADS * N_EACH)
+    check_storm(ModelConfig(model=str(model), n_ctx=2048, n_parallel=8, n_threads=1), n=N_THREADS * N_EACH)
 
 
 def check_storm(config: ModelConfig, n: int) -> None:

@@ -24,8 +24,8 @@ agents = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the work
 QUESTION = [ChatMessage("What is the capital of France? Answer in one word.", role="user")]
 
 
-LLM: dict[str, Any] = {"model": "demo://smollm2-135m-instruct", "n_ctx": 2048, "n_threads": 2}
-EMBEDDING: dict[str, Any] = {"model": "demo://all-minilm-l6-v2", "n_threads": 2}
+LLM: dict[str, Any] = {"model": "demo://smollm2-135m-instruct", "n_ctx": 2048, "n_threads": 1}
+EMBEDDING: dict[str, Any] = {"model": "demo://all-minilm-l6-v2", "n_threads": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +66,7 @@ async def test_concurrent_calls_are_served_together(llm: LlamaWorkerLLM) -> None
 
 
 def test_metadata_before_and_after_loading_agree() -> None:
-    llm = LlamaWorkerLLM(model="demo://smollm2-135m-instruct", n_ctx=0, n_kv_cells=1000, n_threads=2)
+    llm = LlamaWorkerLLM(model="demo://smollm2-135m-instruct", n_ctx=0, n_kv_cells=1000, n_threads=1)
     before = llm.metadata
     llm.complete("x", max_tokens=1)
     assert before.model_name == llm.metadata.model_name
