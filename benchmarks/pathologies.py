@@ -38,7 +38,7 @@ RAM: Final = {"saving nothing": 0, "RAM for a few": 1, "RAM by default": 512}
 def sessions(folder: Path, *, short: bool) -> list[Found]:
     """Every session asks twice and more; nobody comes back before all others have asked."""
     n_sessions, n_turns = (200, 3) if short else (1000, 4)
-    histories = [workload.story(150, seed=number) for number in range(n_sessions)]
+    histories = [workload.story(40, seed=number) for number in range(n_sessions)]
     took: dict[str, list[float]] = {name: [] for name in RAM}
     with ExitStack() as stack:
         workers = {
@@ -73,7 +73,7 @@ def sessions(folder: Path, *, short: bool) -> list[Found]:
 def starts(folder: Path, *, short: bool) -> list[Found]:
     n = 200 if short else 1000
     with _worker(folder, n_ctx=4096, n_parallel=4) as worker:
-        took = [_seconds(worker, workload.story(150, seed=20_000 + number)) for number in range(n)]
+        took = [_seconds(worker, workload.story(40, seed=20_000 + number)) for number in range(n)]
     return [
         Found(text=f"{n} prompts with nothing in common: end / beginning", value=end_over_beginning(took), at_most=FLAT)
     ]
@@ -82,14 +82,14 @@ def starts(folder: Path, *, short: bool) -> list[Found]:
 def rewritten(folder: Path, *, short: bool) -> list[Found]:
     """Every fifth turn the older half of the history becomes one summary, so it stays about as long."""
     n_turns = 60 if short else 400
-    system = {"role": "system", "content": workload.story(200, seed=1)}
+    system = {"role": "system", "content": workload.story(60, seed=1)}
     history: list[dict[str, str]] = []
     took = []
     with _worker(folder, n_ctx=4096, n_parallel=4) as worker:
         for turn in range(n_turns):
-            history.append({"role": "user", "content": workload.story(40, seed=30_000 + turn)})
+            history.append({"role": "user", "content": workload.story(20, seed=30_000 + turn)})
             if turn % 5 == 4 and len(history) > 12:
-                summary = {"role": "user", "content": "summary: " + workload.story(40, seed=40_000 + turn)}
+                summary = {"role": "user", "content": "summary: " + workload.story(20, seed=40_000 + turn)}
                 history[: len(history) // 2] = [summary, {"role": "assistant", "content": "noted"}]
             begun = time.perf_counter()
             reply = worker.generate([system, *history], **GREEDY)
@@ -109,11 +109,11 @@ def rewritten(folder: Path, *, short: bool) -> list[Found]:
 
 def context(folder: Path, *, short: bool) -> list[Found]:
     """Microseconds of a step of 8 rows without llama.cpp's calls: as one waits for it, and of the thread's CPU time."""
-    n_words, watch = (6_000 if short else 26_000), watching()
-    lengths = {"short": workload.story(16, seed=1), "long": workload.story(n_words, seed=2)}
+    n_tokens, watch = (6_000 if short else 30_000), watching()
     found: dict[tuple[str, str], float] = {}
     with _worker(folder, n_ctx=32_768, n_parallel=ROWS, n_kv_cells=32_768) as worker:
-        n_tokens = worker.count_tokens(lengths["long"])
+        words = n_tokens * 100 // worker.count_tokens(workload.story(100, seed=2))
+        lengths = {"short": workload.story(16, seed=1), "long": workload.story(words, seed=2)}
         complete = Worker(worker).whole
         for clock_name, clock in (("wall", time.perf_counter), ("CPU", time.thread_time)):
             for length, prompt in lengths.items():

@@ -34,9 +34,9 @@ from llama_worker._tokens import TokenIds, common_prefix
 from tests import synth
 
 MOST: Final = 1.15
-NEW_WORDS: Final = 200
+NEW_WORDS: Final = 60
 GREEDY: Final = {"temperature": 0.0, "ignore_eos": True}
-SIZE: Final = {"n_layer": 8, "width": 4}
+SIZE: Final = {"n_layer": 6, "width": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ KINDS: Final = (
     Kind(name="llama", make=lambda path: synth.llama(path, **SIZE), settings={}),
     Kind(name="window, all cells kept", make=lambda path: synth.swa(path, **SIZE), settings={}),
     Kind(name="window that drops cells", make=lambda path: synth.swa(path, **SIZE), settings={"swa_full": False}),
-    Kind(name="recurrent", make=lambda path: synth.mamba(path, n_layer=8, width=8), settings={}),
-    Kind(name="hybrid", make=lambda path: synth.lfm2(path, n_layer=8, width=8), settings={}),
+    Kind(name="recurrent", make=lambda path: synth.mamba(path, n_layer=6, width=4), settings={}),
+    Kind(name="hybrid", make=lambda path: synth.lfm2(path, n_layer=6, width=4), settings={}),
 )
 
 
@@ -136,12 +136,12 @@ def _tokens(worker: LlamaWorker, messages: list[Any]) -> TokenIds:
 
 def _first_turn(worker: LlamaWorker, n_history: int, seed: int) -> list[Any]:
     """A system message and a question, of about `n_history` tokens."""
-    system = {"role": "system", "content": f"session {seed}: " + workload.story(60, seed=seed)}
+    system = {"role": "system", "content": f"session {seed}: " + workload.story(20, seed=seed)}
     n_words = n_history
     while True:
         messages = [system, {"role": "user", "content": workload.story(n_words, seed=5000 + seed)}]
         n_tokens = worker.count_tokens(messages)
-        if n_tokens <= 1.02 * n_history:
+        if n_tokens <= 1.02 * n_history or not n_words:
             return messages
         n_words = int(n_words * n_history / n_tokens)
 

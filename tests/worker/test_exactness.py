@@ -16,6 +16,7 @@ import pytest
 from llama_worker._engine.llama import load
 from llama_worker._prefix_cache import PrefixCache, Slot
 from llama_worker._tokens import TokenIds
+from tests import synth
 from tests.worker.bench import Bench, ListSink
 from tests.worker.probe import Mistake, Probe, probed
 
@@ -173,3 +174,28 @@ def test_an_abort_that_nobody_asked_for_changes_nothing(model: Path, text: str, 
         interrupted = run.probe.chosen[key], np.stack(run.probe.logits_of[key])
         assert run.bench.service.n_aborts == 1
     assert same(interrupted, cold(model, text))
+
+
+OTHERS = {
+    "full window": (lambda path: synth.swa(path, weights="q8_0"), {}),
+    "dropping window": (lambda path: synth.swa(path, weights="q8_0"), {"swa_full": False}),
+    "recurrent": (lambda path: synth.mamba(path, weights="q8_0"), {}),
+    "hybrid": (lambda path: synth.lfm2(path, weights="q8_0", head=32), {}),  # q8_0 takes heads of 32 and more
+}
+
+
+@pytest.mark.parametrize("mistake", [None, "shifted span"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_of_memory_are_exact_too(kind: str, mistake: Mistake | None, tmp_path: Path):
+    """In chunks = whole, and warm (cut back, or gone back to a checkpoint) = cold."""
+    make, settings = OTHERS[kind]
+    path = make(tmp_path / "model.gguf")
+    rng = np.random.default_rng(3)
+    text = " ".join(rng.choice(WORDS.split()) for _ in range(420))
+    prompt = text + " tell me about the other thing now"
+    with Run(path, **settings) as run:
+        whole = run.answers(prompt)[0]
+    with Run(path, mistake, n_ubatch=96, **settings) as run:
+        run.bench.settle(run.begin(text + " and what of this one thing?"))
+        warm = run.answers(prompt)[0]
+    assert same(warm, whole) is (mistake is None)
