@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import llama_worker
+from tests import synth
+from tests.synth_lora import lora
 
 ROOT = Path(__file__).parent.parent
 # Warnings are errors; but llama-cpp-python itself leaves /dev/null open.
@@ -36,9 +38,19 @@ def make_targets() -> set[str]:
 @pytest.mark.parametrize("code", BLOCKS)
 def test_the_python_runs(code: str, tmp_path: Path) -> None:
     """Each block stands alone: a reader may paste any one of them into a file."""
+    if '"models/' in code:
+        _put_models(tmp_path / "models")
     command = [sys.executable, *WARNINGS, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def _put_models(folder: Path) -> None:
+    """What a reader has: a model, and adapters for it."""
+    folder.mkdir()
+    base = synth.llama(folder / "base.gguf")
+    for seed, name in enumerate(("style", "facts")):
+        lora(folder / f"{name}.gguf", base, seed=seed)
 
 
 def test_the_readme_shows_every_way_in() -> None:
