@@ -72,11 +72,11 @@ def test_a_token_costs_the_same_in_a_long_text() -> None:
         index.propose(8)
         times = []
         for _ in range(7):
-            started = time.perf_counter()
+            started = time.thread_time()
             for token in range(300):
                 buffer.append(token % 11)
                 index.propose(8)
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
         return min(times)
 
     assert seconds(100_000) < 3 * seconds(1000)
