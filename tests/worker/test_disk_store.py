@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -137,9 +138,44 @@ def test_a_file_that_changes_behind_the_index_is_damaged(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(StateError):
         store.read(store.index[0])
-    path.write_bytes(small(1, 5000).to_bytes())
-    with pytest.raises(StateError):
-        store.read(store.index[0])
+
+
+def test_a_file_that_another_process_replaced_is_read_as_it_is_now(tmp_path: Path):
+    """The same tokens with other checkpoints: longer, or as long, before or after the next look."""
+    one, two = opened(tmp_path), opened(tmp_path)
+    for replaced in (small(1, 5000), replace(small(1), checkpoints=((5, np.zeros(50, np.uint8)),)), small(1)):
+        two.write(small(1))
+        assert one.look() == 0
+        known = one.index[0]
+        two.look()
+        two.remove(two.index[0])
+        two.write(replaced)
+        found = one.read(known)
+        assert found is not None
+        assert same(found, replaced)
+        assert one.look() == 0
+        assert one.index[0].n_bytes == replaced.n_bytes
+        two.look()
+        two.remove(two.index[0])
+
+
+def test_what_replaced_a_damaged_file_meanwhile_stays(tmp_path: Path):
+    store = opened(tmp_path)
+    store.write(small(1))
+    store.look()
+    path = tmp_path / store.name_of(small(1))
+    path.write_bytes(b"damaged")
+    with path.open("rb", buffering=0) as damaged:
+        os.replace(shutil.copy(written(tmp_path / "other", small(1)), tmp_path / "whole"), path)
+        with pytest.raises(StateError):
+            store._parsed(path, damaged)
+    assert same(kept(tmp_path)[1], small(1))
+
+
+def written(folder: Path, saved: SavedPrefix) -> Path:
+    store = opened(folder)
+    store.write(saved)
+    return folder / store.name_of(saved)
 
 
 def test_a_file_that_is_gone_is_missed_and_no_more(tmp_path: Path):
@@ -159,6 +195,19 @@ def test_what_is_none_of_ours_is_left_alone(tmp_path: Path):
     assert store.index == ()
     assert store.write(small(1))
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_files_of_others_are_neither_counted_nor_removed(tmp_path: Path):
+    """Whatever their names have in common with ours, and even where they are the same."""
+    names = ["main.kv", "data.kvstore.sqlite", "draft.kv.tmp", "a-b.kv1", f"{'0' * 32}-{'1' * 32}.kv1.backup"]
+    for name in [*names, f"{'0' * 32}-{'1' * 32}.kv1"]:
+        (tmp_path / name).write_bytes(b"somebody else's" * 10_000)
+        os.utime(tmp_path / name, (1, 1))
+    store = opened(tmp_path, 2 * small(0).n_bytes)
+    for number in range(3):
+        assert store.write(small(number))
+    assert set(names) < {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == len(names) + 1 + 2
 
 
 # --- the budget
@@ -211,11 +260,15 @@ def test_what_is_larger_than_everything_may_be_costs_nobody_his_place(tmp_path: 
 def test_there_are_never_more_files_than_can_be_looked_at(tmp_path: Path):
     store = opened(tmp_path, 10**9)
     for number in range(MOST):
-        (tmp_path / f"{number}.kv1").touch()
-        os.utime(tmp_path / f"{number}.kv1", (number, number))
+        (tmp_path / named(number)).touch()
+        os.utime(tmp_path / named(number), (number, number))
     store.write(small(1))
     names = {path.name for path in tmp_path.iterdir()}
-    assert (len(names), "0.kv1" in names, "1.kv1" in names) == (MOST, False, True)
+    assert (len(names), named(0) in names, named(1) in names) == (MOST, False, True)
+
+
+def named(number: int) -> str:
+    return f"{number:032x}-{number:032x}.kv1"
 
 
 def test_what_a_killed_writer_left_goes_when_it_is_old(tmp_path: Path):

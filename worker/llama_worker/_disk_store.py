@@ -6,6 +6,8 @@ and never waits for a writer. Two who write the same write the same file. Who fi
 more. Whoever writes sees to it that all files together keep to his budget; those used longest ago go first, whose
 ever they are. A writer that was killed leaves a file that nobody looks at, and that goes when it is old.
 
+What has another name than these files have is somebody else's: it is neither counted nor removed.
+
 A file holds what was said to a model. It can be read by its owner only, and so can a folder that is made here.
 """
 
@@ -14,25 +16,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
 from llama_worker._errors import StateError
-from llama_worker._saved_prefix import FIXED_SIZE, VERSION, SavedPrefix, head_size, parsed_head
+from llama_worker._saved_prefix import FIXED_SIZE, MAGIC, VERSION, PrefixHead, SavedPrefix, head_size, parsed_head
 from llama_worker._shelved import Shelved
 
 _KEPT: Final = f".kv{VERSION}"
-_ANY_VERSION: Final = ".kv"
 _UNFINISHED: Final = ".tmp"
+_OURS: Final = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}\.kv[0-9]+(\.[0-9]+-[0-9]+\.tmp)?")
+"""The name of a file of any model and version, finished or not."""
 _STALE: Final = 600.0
 """Seconds after which nobody writes to an unfinished file any more."""
 MOST: Final = 1024
 """Files in the folder: all are listed for each write, and looked at for each prompt."""
+
+_Stamp: TypeAlias = tuple[int, int, int]
+"""When a file was used, in ns; its bytes and its inode: another file in its place has another one."""
 
 _numbers = itertools.count()
 
@@ -55,7 +63,7 @@ class DiskStore:
         self.fingerprint = fingerprint
         self.index: tuple[Shelved, ...] = ()
         self._folder, self._budget, self._clock = folder, budget, clock
-        self._known: dict[str, Shelved | None] = {}
+        self._known: dict[str, tuple[_Stamp, Shelved | None]] = {}
 
     def __repr__(self) -> str:
         return f"<DiskStore of {len(self.index)} prefixes: {self.n_bytes} bytes>"
@@ -67,15 +75,20 @@ class DiskStore:
 
     def look(self) -> int:
         """Bring `index` up to date with the folder. Returns how many files were damaged, and are removed."""
-        found = [file for file in _files(self._folder) if self._is_ours(file.name)]
-        heads = {file.name: self._known.get(file.name, file) for file in found}
-        damaged = 0
-        for name, head in heads.items():
-            if isinstance(head, os.DirEntry):
-                heads[name], is_damaged = self._describe(head)
+        known, damaged = {}, 0
+        for file in _files(self._folder):
+            stamp = _stamp_at(file.path) if self._is_ours(file.name) else None
+            if stamp is None:
+                continue  # another model's, or gone meanwhile
+            before = self._known.get(file.name)
+            if before is not None and before[0] == stamp:
+                known[file.name] = before
+            else:
+                shelved, is_damaged = self._describe(file)
+                known[file.name] = stamp, shelved
                 damaged += is_damaged
-        self._known = {name: head for name, head in heads.items() if not isinstance(head, os.DirEntry)}
-        self.index = tuple(head for head in self._known.values() if head is not None)
+        self._known = known
+        self.index = tuple(shelved for _, shelved in known.values() if shelved is not None)
         return damaged
 
     def read(self, shelved: Shelved) -> SavedPrefix | None:
@@ -84,17 +97,22 @@ class DiskStore:
         """
         path = self._folder / shelved.name
         try:
-            data = _whole(path, shelved.n_bytes)
+            with path.open("rb", buffering=0) as file:
+                saved = self._parsed(path, file)
         except FileNotFoundError:
             return None
-        try:
-            saved = SavedPrefix.parsed(data)
-            self._require_ours(saved.fingerprint)
-        except StateError:
-            _remove(path)
-            raise
         self._touch(path)
         return saved
+
+    def _parsed(self, path: Path, file: FileIO) -> SavedPrefix:
+        """All of `file`, whatever is at `path` by now: others may have replaced what the index knows."""
+        try:
+            head = self._head(file)
+            file.seek(0)
+            return SavedPrefix.parsed(_whole(file, head.n_bytes))
+        except StateError:
+            _discard(path, file)
+            raise
 
     def write(self, saved: SavedPrefix) -> bool:
         """Keep `saved`, whose fingerprint is this store's. False when it is larger than everything may be."""
@@ -134,19 +152,20 @@ class DiskStore:
             raise StateError("a saved prefix is another model's, or of other settings")
 
     def _describe(self, file: os.DirEntry[str]) -> tuple[Shelved | None, bool]:
-        """What the head of `file` says, and whether it is damaged. What cannot be read is looked at once."""
+        """What the head of `file` says, and whether it is damaged. What cannot be read is not looked at
+        again until it changes.
+        """
         path = Path(file.path)
         try:
-            stat = os.stat(path)
-            head = parsed_head(_first(path, stat.st_size))
-            self._require_ours(head.fingerprint)
-            if head.n_bytes != stat.st_size:
-                raise StateError(f"a saved prefix of {head.n_bytes} bytes is cut off")
+            with path.open("rb", buffering=0) as opened:
+                used = os.fstat(opened.fileno()).st_mtime_ns
+                try:
+                    head = self._head(opened)
+                except StateError:
+                    _discard(path, opened)
+                    return None, True
         except OSError:
             return None, False
-        except StateError:
-            _remove(path)
-            return None, True
         lengths = tuple(length for length, _ in head.checkpoints)
         shelved = Shelved(
             name=file.name,
@@ -154,9 +173,18 @@ class DiskStore:
             tokens=head.tokens,
             checkpoints=lengths,
             n_bytes=head.n_bytes,
-            used=stat.st_mtime_ns,
+            used=used,
         )
         return shelved, False
+
+    def _head(self, file: FileIO) -> PrefixHead:
+        """Raises StateError unless `file` is a prefix of this store, from its first byte to the last that it names."""
+        size = os.fstat(file.fileno()).st_size
+        head = parsed_head(_first(file, size))
+        self._require_ours(head.fingerprint)
+        if head.n_bytes != size:
+            raise StateError(f"a saved prefix of {head.n_bytes} bytes is cut off")
+        return head
 
     def _fill(self, path: Path, saved: SavedPrefix) -> None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
@@ -182,7 +210,8 @@ class DiskStore:
         for _, n_bytes, path in files:
             if total + size <= self._budget and count < MOST:
                 return
-            _remove(path)
+            if _is_saved_prefix(path):
+                _remove(path)
             total, count = total - n_bytes, count - 1
 
     def _all_files(self) -> Iterator[tuple[int, int, Path]]:
@@ -203,29 +232,53 @@ def _files(folder: Path) -> list[os.DirEntry[str]]:
     """What is, or will be, a saved prefix of any version; nothing where there is no folder."""
     try:
         with os.scandir(folder) as found:
-            return [f for f in found if _ANY_VERSION in f.name and f.is_file(follow_symlinks=False)]
+            return [f for f in found if _OURS.fullmatch(f.name) and f.is_file(follow_symlinks=False)]
     except FileNotFoundError:
         return []
 
 
-def _first(path: Path, size: int) -> bytes:
+def _stamp_at(path: str | Path) -> _Stamp | None:
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def _stamp(stat: os.stat_result) -> _Stamp:
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _is_saved_prefix(path: Path) -> bool:
+    """By its first bytes; what is empty, as a power cut leaves it, holds nothing of anybody's."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return file.read(len(MAGIC)) in (MAGIC, b"")
+    except OSError:
+        return False
+
+
+def _first(file: FileIO, size: int) -> bytes:
     """The head of a file of `size` bytes. Raises StateError when that is more than there is."""
-    with path.open("rb", buffering=0) as file:
-        fixed = file.read(FIXED_SIZE) or b""
-        wanted = head_size(fixed)
-        if wanted > size:
-            raise StateError(f"a saved prefix of {size} bytes is cut off")
-        return fixed + (file.read(wanted - FIXED_SIZE) or b"")
+    fixed = file.read(FIXED_SIZE) or b""
+    wanted = head_size(fixed)
+    if wanted > size:
+        raise StateError(f"a saved prefix of {size} bytes is cut off")
+    return fixed + (file.read(wanted - FIXED_SIZE) or b"")
 
 
-def _whole(path: Path, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """The first `size` bytes of a file, or as many as there are."""
+def _whole(file: FileIO, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The next `size` bytes of a file, or as many as there are."""
     data = np.empty(size, np.uint8)
-    with path.open("rb", buffering=0) as file:
-        at = 0
-        while at < size and (n := file.readinto(data[at:].data)):
-            at += n
+    at = 0
+    while at < size and (n := file.readinto(data[at:].data)):
+        at += n
     return data[:at]
+
+
+def _discard(path: Path, file: FileIO) -> None:
+    """Remove the damaged `file`, not a whole one that is at `path` meanwhile."""
+    if _stamp_at(path) == _stamp(os.fstat(file.fileno())):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

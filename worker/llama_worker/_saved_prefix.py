@@ -33,7 +33,7 @@ from llama_worker._identity import BASE, KVIdentity
 from llama_worker._tokens import TokenIds
 
 VERSION: Final = 1
-_MAGIC: Final = b"LWKV"
+MAGIC: Final = b"LWKV"
 # Magic, version, checkpoints, tokens, bytes of adapters, fingerprint, bytes of the state.
 _HEAD: Final = struct.Struct("<4sHHII16sQ")
 _ROW: Final = struct.Struct("<IQ")  # tokens, bytes
@@ -88,7 +88,7 @@ class SavedPrefix:
         """`to_bytes`, piece by piece: the states, which are most of it, are not copied. Reads all of it once."""
         states = [self.state, *(state for _, state in self.checkpoints)]
         kv, n, n_tokens = _written(self.kv), len(self.checkpoints), len(self.tokens)
-        head = _HEAD.pack(_MAGIC, VERSION, n, n_tokens, len(kv), self.fingerprint, len(self.state))
+        head = _HEAD.pack(MAGIC, VERSION, n, n_tokens, len(kv), self.fingerprint, len(self.state))
         rows = b"".join(_ROW.pack(length, len(state)) for length, state in self.checkpoints)
         described = head + rows + kv + np.ascontiguousarray(self.tokens, "<i4").tobytes()
         parts: list[bytes | memoryview] = [described + _digest([described]), *(state.data for state in states)]
@@ -121,7 +121,7 @@ def head_size(fixed: Buffer) -> int:
     if len(fixed) < FIXED_SIZE:
         raise StateError(f"a saved prefix of {len(fixed)} bytes is none")
     magic, version, n_checkpoints, n_tokens, kv_bytes, *_ = _HEAD.unpack_from(_readable(fixed).data)
-    if magic != _MAGIC or version != VERSION:
+    if magic != MAGIC or version != VERSION:
         raise StateError(f"these bytes are no saved prefix of version {VERSION}")
     return _head_size(n_tokens, n_checkpoints, kv_bytes)
 
