@@ -616,7 +616,7 @@ def test_mapped_weights_need_not_be_free(smollm2_path: Path) -> None:
 def test_a_name_is_planned_with_the_default_configuration(smollm2_path: Path) -> None:
     named, configured = plan_memory(str(smollm2_path)), plan_of(smollm2_path)
     assert replace(named, free_ram=0, verdict="") == replace(configured, free_ram=0, verdict="")
-    assert named.verdict.startswith("fits: needs 143.")
+    assert named.verdict.startswith("fits: needs 137.")
 
 
 def test_a_plan_of_nothing(tmp_path: Path) -> None:

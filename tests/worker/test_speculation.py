@@ -351,7 +351,7 @@ class TimedBench(Bench):
         self.rows: list[int] = []
         self.n_steps_with_drafts = 0
         seen: list[FakeEngine] = []
-        super().__init__(loader=forgetful(seen.append), **config)
+        super().__init__(loader=forgetful(seen.append), **{"speculation": "auto", **config})
         self.engines = seen
         self.load()
         decode = self.engine.decode
@@ -434,7 +434,7 @@ def test_a_request_has_the_last_word() -> None:
     off = bench_of(speculation="off")
     with pytest.raises(InvalidRequestError, match="speculate=True"):
         off.request(LOOP, speculate=True)
-    hybrid = Bench(loader=fake_loader(hybrid=True)).load()
+    hybrid = Bench(loader=fake_loader(hybrid=True), speculation="auto").load()
     with pytest.raises(UnsupportedFeatureError, match="speculate"):
         hybrid.request(LOOP, speculate=True)
 
@@ -455,7 +455,8 @@ def test_off_costs_nothing() -> None:
     assert bench.scheduler.speculation is None
     assert bench.scheduler.running[0].drafter is None
     assert bench.engine.limits.n_outputs == bench.engine.limits.n_seq
-    assert outputs_of(ModelConfig(model="x", n_parallel=3)) == 3 + MOST_DRAFTS
+    assert outputs_of(ModelConfig(model="x", n_parallel=3)) == 3
+    assert outputs_of(ModelConfig(model="x", n_parallel=3, speculation="auto")) == 3 + MOST_DRAFTS
 
 
 def test_auto_without_hope_asks_no_index() -> None:

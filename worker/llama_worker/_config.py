@@ -102,7 +102,8 @@ class ModelConfig(Settings):
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `speculation`: whether tokens of a reply are guessed from what its text repeats, and several computed at once;
-    never what is said. "auto" does it where it has been measured to pay, "on" wherever there is a guess.
+    never what is said, but for how kernels round. "auto" does it where it has been measured to pay, "on" wherever
+    there is a guess, "off" never.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
     `lora_paths`: LoRA adapters to load with the model, name -> path of a GGUF file (a mapping or pairs; kept as pairs
     in the order of names). They change nothing until a request asks for them (`GenerationRequest.loras`).
@@ -134,7 +135,7 @@ class ModelConfig(Settings):
     offload_kqv: bool = True
     rope_freq_base: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    speculation: Speculating = "auto"
+    speculation: Speculating = "off"
     pooling: Pooling = "model"
     lora_paths: Annotated[tuple[tuple[LoraName, Annotated[str, Field(min_length=1)]], ...], Field(max_length=64)] = ()
     chat_template: str | None = None
