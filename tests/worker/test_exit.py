@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 PATIENCE = 2.0  # seconds from the end of the program to the end of the process
 
 PRELUDE = """
-    import sys, threading, time
+    import logging, sys, threading, time
     from llama_worker import *
 
     ENDLESS = dict(ignore_eos=True, max_tokens=4000)
@@ -61,6 +61,22 @@ STATES = {
 
         left_open = LlamaWorker(config).stream("hello", **ENDLESS)
         next(left_open)
+    """,
+    "a parked native thread, another worker at work": """
+        from llama_worker._engine.library import library
+        from llama_worker._engine.llama import load
+
+        def crashing(config):
+            library().api._lib.ggml_backend_buft_name(None)  # GGML_ASSERT
+
+        logging.getLogger("llama_worker").addHandler(logging.NullHandler())  # that it crashed is said there
+        try:
+            LlamaWorker(config, WorkerConfig(contain_crashes=True), loader=crashing)
+        except ModelLoadError as error:
+            assert "crashed" in str(error)
+        assert any(thread.name == "llama-worker-loader" for thread in threading.enumerate())
+        stream = LlamaWorker(config).stream("hello", **ENDLESS)
+        next(stream)
     """,
 }
 
