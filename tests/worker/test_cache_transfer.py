@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llama_worker import InvalidRequestError, LlamaWorker, Message, StateError, UnsupportedFeatureError, WorkerClosed
+from llama_worker import (
+    InvalidRequestError,
+    LlamaWorker,
+    Message,
+    ModelConfig,
+    ModelLoadError,
+    StateError,
+    UnsupportedFeatureError,
+    WorkerClosed,
+    WorkerConfig,
+)
 from llama_worker._commands import Export, Import
+from llama_worker._other_load import OtherLoad
 from llama_worker._ram_tier import Entry, entry_of, saved_prefix
-from llama_worker.testing import Fault, Gate, fake_loader, fake_worker
+from llama_worker.testing import Fault, fake_loader, fake_worker
 from tests.worker.test_going_back import alone, opened
 
 KINDS = ["plain", "window", "hybrid"]
@@ -100,8 +112,9 @@ def test_what_nobody_keeps_is_no_prefix():
     bench = opened("plain")
     ask(bench, conversation(0))
     assert told(bench, Export(epoch=1, tokens=bench.request("another one").job.prompt)) == [()]
-    assert told(bench, Export(epoch=2, tokens=bench.request(conversation(0)).job.prompt)) == [()]
-    assert told(bench, Export(epoch=2)) == [()]
+    for other in (Export(epoch=2, tokens=bench.request(conversation(0)).job.prompt), Export(epoch=2)):
+        with pytest.raises(OtherLoad):
+            told(bench, other)
 
 
 def test_an_export_waits_for_an_idle_slot_and_nobody_for_the_export():
@@ -225,8 +238,16 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_and_no_more(worker: Llama
     assert worker.generate(WORDS, max_tokens=4).usage.cached_tokens == len(WORDS)
 
 
-def test_a_folder_that_is_not_there_holds_nothing(worker: LlamaWorker, tmp_path: Path):
-    assert worker.import_cache(tmp_path / "nothing") == 0
+def test_a_folder_that_is_not_there_is_refused(worker: LlamaWorker, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    for wrong in ("nothing", "file"):
+        with pytest.raises(InvalidRequestError, match="no such folder"):
+            worker.import_cache(tmp_path / wrong)
+
+
+def test_a_cache_dir_that_nobody_wrote_to_holds_nothing(tmp_path: Path):
+    with fake_worker(cache_dir=str(tmp_path / "later")) as worker:
+        assert worker.import_cache() == 0
 
 
 def test_an_import_takes_no_more_than_ram_is_for(tmp_path: Path):
@@ -308,11 +329,59 @@ def test_a_reload_in_between_leaves_nothing_of_the_former_model(tmp_path: Path):
         assert worker._transfer.import_cache(former, tmp_path).result() == 0
 
 
-def test_an_unloaded_model_has_nothing_and_takes_nothing(tmp_path: Path):
-    gate = Gate()
-    with fake_worker(loader=fake_loader(gate=gate)) as worker:
-        worker.generate(WORDS, max_tokens=4)
-        assert worker.export_cache(tmp_path) == 1
-        entry = Entry(np.arange(10, dtype=np.int32), np.zeros(1, np.uint8), (), 0)
-        assert worker._channel.command(command := Import(epoch=7, entries=(entry,)))
-        assert command.answer.result(10) == 0
+@pytest.mark.parametrize("keep_alive", [0.0, 0.05])
+def test_a_model_that_was_let_go_is_loaded_for_an_import(worker: LlamaWorker, keep_alive: float, tmp_path: Path):
+    worker.export_cache(tmp_path)
+    view = worker._view()
+    data = worker._transfer.export_prefix(view, view.prompt_tokens(WORDS)).result()
+    assert data is not None
+    with fake_worker(worker_config=WorkerConfig(keep_alive=keep_alive)) as other:
+        for bring in (
+            lambda: other.import_cache(tmp_path),
+            lambda: other._transfer.import_prefix(other._view(), data).result(10),
+        ):
+            until_unloaded(other)
+            assert bring()
+        until_unloaded(other)
+        assert other.export_cache(tmp_path) == 0, "nothing is kept by what is not loaded"
+
+
+def test_an_import_during_a_reload_is_kept_by_the_new_load(worker: LlamaWorker, tmp_path: Path):
+    worker.export_cache(tmp_path)
+    loads, gate = iter(range(9)), threading.Event()
+
+    def loader(config: ModelConfig) -> Any:
+        if next(loads):
+            gate.wait(10)
+        return fake_loader()(config)
+
+    with fake_worker(loader=loader) as other, ThreadPoolExecutor(2) as pool:
+        reload = pool.submit(other.reload, overlap=False, n_parallel=2)
+        while other.status().state == "ready":
+            pass
+        importing = pool.submit(other.import_cache, tmp_path)
+        gate.set()
+        reload.result(10)
+        assert importing.result(10) == 1
+        assert other.generate(WORDS, max_tokens=4).usage.cached_tokens >= len(WORDS)
+
+
+def test_who_waits_with_a_transfer_hears_that_the_model_is_gone(worker: LlamaWorker, tmp_path: Path):
+    worker.export_cache(tmp_path)
+    gone = threading.Event()
+
+    def loader(config: ModelConfig) -> Any:
+        if gone.is_set():
+            raise ModelLoadError("the file is gone")
+        return fake_loader()(config)
+
+    with fake_worker(loader=loader, worker_config=WorkerConfig(keep_alive=0.0)) as other:
+        until_unloaded(other)
+        gone.set()
+        with pytest.raises(ModelLoadError, match="is gone"):
+            other._transfer.import_cache(other._view(), tmp_path).result(10)
+
+
+def until_unloaded(worker: LlamaWorker) -> None:
+    while worker.status().state != "unloaded":
+        pass

@@ -25,6 +25,7 @@ from llama_worker import (
     WorkerConfig,
     get_handle,
 )
+from llama_worker._commands import ChangeLora
 from llama_worker.testing import FakeEngine, Fault, Gate, fake_loader, fake_worker
 from tests import synth_lora
 
@@ -326,6 +327,51 @@ def test_a_model_that_was_unloaded_is_loaded_for_a_change():
         worker.add_lora("b", "fake://b")
         assert worker.generate("hello", max_tokens=2, loras="b").text
         assert set(worker.loras) == {"a", "b"}
+
+
+def unloaded(*missing: str) -> LlamaWorker:
+    """A worker whose model was let go, and then these files went."""
+    gone = threading.Event()
+
+    def load(config: ModelConfig) -> Any:
+        bad = [name for name, path in config.lora_paths if path in missing]
+        if gone.is_set() and bad:
+            raise LoraLoadError(bad[0], "the file is gone")
+        return fake_loader()(config)
+
+    worker = fake_worker(loader=load, worker_config=WorkerConfig(keep_alive=0.0), lora_paths=PATHS)
+    while worker.status().state != "unloaded":
+        pass
+    gone.set()
+    return worker
+
+
+def soon(change: ChangeLora) -> None:
+    change.answer.result(10)
+
+
+def test_an_adapter_whose_file_is_gone_can_be_removed_from_a_model_that_was_let_go():
+    with unloaded("fake://a") as worker:
+        with pytest.raises(LoraLoadError):
+            worker.generate("hello", max_tokens=2)
+        soon(worker._change_lora("a", None))
+        assert worker.generate("hello", max_tokens=2, loras="b").text
+        assert set(worker.loras) == {"b"}
+
+
+def test_of_two_whose_files_are_gone_each_can_be_removed():
+    with unloaded("fake://a", "fake://b") as worker:
+        for name in PATHS:
+            soon(worker._change_lora(name, None))
+        assert worker.generate("hello", max_tokens=2).text
+        assert set(worker.loras) == set()
+
+
+def test_who_changes_adapters_of_a_model_that_does_not_come_back_hears_why():
+    with unloaded("fake://a") as worker:
+        for name, path in (("c", "fake://c"), ("c", None), ("a", "fake://other")):
+            with pytest.raises(LoraLoadError, match="gone"):
+                soon(worker._change_lora(name, path))
 
 
 def test_adding_while_it_loads_waits_for_the_model():

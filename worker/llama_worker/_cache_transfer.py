@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from llama_worker._cache_identity import fingerprint_of
 from llama_worker._channel import CommandChannel
@@ -17,10 +19,13 @@ from llama_worker._disk_store import DiskStore
 from llama_worker._disk_threads import begin, then
 from llama_worker._errors import InvalidRequestError, StateError, UnsupportedFeatureError
 from llama_worker._identity import BASE, KVIdentity
+from llama_worker._other_load import OtherLoad, mark_of
 from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker._saved_prefix import SavedPrefix
 from llama_worker._tokens import TokenIds
 from llama_worker._view import ModelView
+
+_Found: TypeAlias = tuple[ModelView, tuple[Entry, ...]]
 
 
 class CacheTransfer:
@@ -33,20 +38,21 @@ class CacheTransfer:
     def export_cache(self, view: ModelView, folder: str | Path | None) -> Future[int]:
         """Write everything that is kept into `folder`; how many prefixes. See LlamaWorker.export_cache."""
         path = _folder(view, folder)
-        return then(self._export(view, None), lambda entries: _write(path, view, entries))
+        return then(self._export(view, None), lambda found: _write(path, *found))
 
     def import_cache(self, view: ModelView, folder: str | Path | None) -> Future[int]:
         """Keep what of `folder` is this model's; how many prefixes. See LlamaWorker.import_cache."""
         path = _folder(view, folder)
-        return self._import(view, lambda: _read(path, view))
+        return self._import(view, lambda view: _read(path, view, must_be=folder is not None))
 
     def export_prefix(self, view: ModelView, tokens: TokenIds, kv: KVIdentity = BASE) -> Future[bytes | None]:
         """As much of `tokens`, with `kv`, as is kept anywhere, for `import_prefix`; None when hardly any is.
 
-        Waits for an idle slot. Fails with OSError when the model's file cannot be read any more.
+        Waits for an idle slot. Fails with OSError when the model's file cannot be read any more, and with StateError
+        when another model has come meanwhile.
         """
         _require_states(view)
-        return then(self._export(view, tokens, kv), lambda entries: _bytes_of(view, entries))
+        return then(self._export(view, tokens, kv), lambda found: _bytes_of(*found))
 
     def import_prefix(self, view: ModelView, data: bytes) -> Future[int]:
         """Keep what `export_prefix` gave, here or in another process; of how many tokens it is, 0 without room.
@@ -55,33 +61,62 @@ class CacheTransfer:
         adapters is found by requests with the same ones only.
         """
         _require_states(view)
-        return self._import(view, lambda: (_parsed(view, data),), count=lambda entries: entries[0].n)
+        return self._import(view, lambda view: (_parsed(view, data),), count=lambda entries: entries[0].n)
 
-    def _export(self, view: ModelView, tokens: TokenIds | None, kv: KVIdentity = BASE) -> Future[tuple[Entry, ...]]:
-        command = Export(epoch=view.epoch, tokens=tokens, kv=kv)
-        self._send(command)
-        return command.answer
+    def _export(self, view: ModelView, tokens: TokenIds | None, kv: KVIdentity = BASE) -> Future[_Found]:
+        """What is kept, and the load of the model that it is of: `view`, or the one that serves by now."""
+        answer: Future[_Found] = Future()
+
+        def ask(view: ModelView) -> None:
+            command = Export(epoch=view.epoch, tokens=tokens, kv=kv)
+            command.answer.add_done_callback(partial(pass_on, view))
+            self._send(command)
+
+        def pass_on(view: ModelView, done: Future[tuple[Entry, ...]]) -> None:
+            error = done.exception()
+            if isinstance(error, OtherLoad):
+                _attempt(partial(again, view, error.view), answer)
+            elif isinstance(error, Exception):
+                settle(answer, error=error)
+            else:
+                settle(answer, result=(view, done.result()))
+
+        def again(former: ModelView, view: ModelView) -> None:
+            _require_states(view)
+            if tokens is not None and fingerprint_of(former) != fingerprint_of(view):
+                raise StateError("another model is loaded by now")
+            ask(view)
+
+        ask(view)
+        return answer
 
     def _import(
         self,
         view: ModelView,
-        read: Callable[[], tuple[Entry, ...]],
+        read: Callable[[ModelView], tuple[Entry, ...]],
         count: Callable[[tuple[Entry, ...]], int] | None = None,
     ) -> Future[int]:
-        """Have what `read` returns kept; how many of it, or what `count` says if any is."""
+        """Have what `read` returns for the model that serves kept; how many of it, or what `count` says if any is."""
         answer: Future[int] = Future()
 
-        def hand_in() -> None:
-            try:
-                entries = read()
-            except Exception as exc:  # noqa: BLE001  it belongs to whoever asked
-                settle(answer, error=exc)
-                return
-            command = Import(epoch=view.epoch, entries=entries)
-            command.answer.add_done_callback(lambda done: _pass_on(done, answer, count, entries))
+        def hand_in(view: ModelView) -> None:
+            _require_states(view)
+            mark, entries = mark_of(view), read(view)
+            command = Import(epoch=view.epoch, entries=entries, mark=mark)
+            command.answer.add_done_callback(partial(pass_on, entries))
             self._send(command)
 
-        begin(hand_in)
+        def pass_on(entries: tuple[Entry, ...], done: Future[int]) -> None:
+            error = done.exception()
+            if isinstance(error, OtherLoad):
+                _attempt(partial(hand_in, error.view), answer)
+            elif isinstance(error, Exception):
+                settle(answer, error=error)
+            else:
+                n = done.result()
+                settle(answer, result=count(entries) if n and count else n)
+
+        _attempt(partial(hand_in, view), answer)
         return answer
 
     def _send(self, command: Export | Import) -> None:
@@ -89,18 +124,16 @@ class CacheTransfer:
             command.fail(self._why_closed())
 
 
-def _pass_on(
-    done: Future[int],
-    answer: Future[int],
-    count: Callable[[tuple[Entry, ...]], int] | None,
-    entries: tuple[Entry, ...],
-) -> None:
-    error = done.exception()
-    if isinstance(error, Exception):
-        settle(answer, error=error)
-    else:
-        n = done.result()
-        settle(answer, result=count(entries) if n and count else n)
+def _attempt(work: Callable[[], None], answer: Future[Any]) -> None:
+    """Do `work` on the thread for disks; what it raises belongs to who waits for `answer`."""
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as exc:  # noqa: BLE001  it belongs to whoever asked
+            settle(answer, error=exc)
+
+    begin(run)
 
 
 def _folder(view: ModelView, folder: str | Path | None) -> Path:
@@ -121,8 +154,13 @@ def _write(folder: Path, view: ModelView, entries: tuple[Entry, ...]) -> int:
     return sum(store.write(saved_prefix(entry, store.fingerprint)) for entry in entries)
 
 
-def _read(folder: Path, view: ModelView) -> tuple[Entry, ...]:
-    """What there is, as much of it as RAM may be used for: those used last, the last one last."""
+def _read(folder: Path, view: ModelView, *, must_be: bool) -> tuple[Entry, ...]:
+    """What there is, as much of it as RAM may be used for: those used last, the last one last.
+
+    A folder that `must_be` there was named by the caller; the model's own is made when something is written.
+    """
+    if not folder.is_dir() and (must_be or folder.exists()):
+        raise InvalidRequestError("folder", str(folder), "there is no such folder; give one that export_cache wrote")
     store = DiskStore(folder, fingerprint_of(view))
     store.look()
     room, found = view.config.cache_ram << 20, []

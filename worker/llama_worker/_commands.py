@@ -139,7 +139,7 @@ class Shutdown:
 class Export:
     """Copy what is kept for the model of `epoch`: as much of `tokens`, with `kv`, as there is, or, None, everything.
 
-    `answer` gets the entries, those used longest ago first; none where another model serves by now. With `tokens`
+    `answer` gets the entries, those used longest ago first; OtherLoad where another one serves by now. With `tokens`
     it waits for an idle slot.
     """
 
@@ -154,10 +154,14 @@ class Export:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Import:
-    """Keep `entries`, which are of the model of `epoch`, the most useful one last. `answer` gets how many are kept."""
+    """Keep `entries`, which are of the model of `epoch`, the most useful one last. `answer` gets how many are kept.
+
+    Another load of the same files with the same settings, as `mark` tells, takes them too; others answer OtherLoad.
+    """
 
     epoch: int
     entries: tuple[Entry, ...]
+    mark: bytes | None = None
     answer: Future[int] = field(default_factory=Future)
 
     def fail(self, error: Exception) -> None:

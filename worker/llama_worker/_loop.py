@@ -30,7 +30,7 @@ from llama_worker._loras import are_known
 from llama_worker._reloading import begin_loading, begin_reload, continue_change, let_go, unload
 from llama_worker._service import Loaded, Service, State
 from llama_worker._stall import StallWatch
-from llama_worker._transfers import serve_transfers
+from llama_worker._transfers import serve_transfers, wants_model
 
 logger = logging.getLogger("llama_worker")
 
@@ -58,6 +58,8 @@ def step(service: Service) -> bool:
     _answer_ended(service)
     if service.lora_changes or (service.loaded is not None and service.loaded.leaving):
         change_loras(service)
+    if service.transfers and wants_model(service):
+        begin_loading(service, service.config)
     if service.change is not None and continue_change(service, service.change):
         return True
     if service.transfers:

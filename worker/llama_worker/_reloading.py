@@ -11,6 +11,7 @@ without a model, refusing with the reason, until a later reload mends it.
 from __future__ import annotations
 
 import logging
+from itertools import takewhile
 from pathlib import Path
 
 from llama_worker._commands import Reload
@@ -19,7 +20,7 @@ from llama_worker._decoding import generate
 from llama_worker._embedding import embed
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.progress import LoadProgress
-from llama_worker._errors import ModelLoadError, copy_of
+from llama_worker._errors import LoraLoadError, ModelLoadError, copy_of
 from llama_worker._loading import Loading
 from llama_worker._pace import Pace
 from llama_worker._progress_bar import progress_bar
@@ -164,13 +165,33 @@ def _stay_unloaded(service: Service, change: Change, failure: Exception) -> None
     logger.error("the model could not be loaded again: %s", failure)
     service.state = "unloaded"
     _end(service, change, None)
+    if isinstance(failure, LoraLoadError) and _load_without_removed(service):
+        return
     for request in service.channel.requests():
         request.fail(copy_of(failure))
         service.channel.drop(request)
-    for held in (service.preparing, service.renewed):
-        for request in held:
-            request.fail(copy_of(failure))
+    for waiting in (*service.preparing, *service.renewed, *service.lora_changes, *service.transfers):
+        waiting.fail(copy_of(failure))
+    for held in (service.preparing, service.renewed, service.lora_changes, service.transfers):
         held.clear()
+
+
+def _load_without_removed(service: Service) -> bool:
+    """Whether the adapters that are to go next may be what is in the way: then the model is loaded without them.
+
+    They are gone for good, even if it cannot be loaded all the same: else of two bad ones neither could go.
+    """
+    paths = dict(service.config.lora_paths)
+    going = list(takewhile(lambda change: change.path is None and change.name in paths, service.lora_changes))
+    if not going:
+        return False
+    names = {change.name for change in going}
+    left = tuple((name, path) for name, path in service.config.lora_paths if name not in names)
+    service.config = service.config.model_copy(update={"lora_paths": left})
+    del service.lora_changes[: len(going)]
+    service.state = "loading"
+    service.change = Change(service.config, removals=tuple(going))
+    return True
 
 
 def _give_up(service: Service, change: Change, failure: Exception) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_worker._channel import CommandChannel
-from llama_worker._commands import ChangeLora, Reload, Request, Transfer
+from llama_worker._commands import ChangeLora, Reload, Request, Transfer, settle
 from llama_worker._config import ModelConfig
 from llama_worker._disk import Disk
 from llama_worker._embeddings import EmbedQueue
@@ -68,7 +68,7 @@ class Change:
     """A model on its way into service: the first, another one, or one that was unloaded.
 
     `command` is the Reload that asked for it. `failure` says why `config` could not be loaded; then the
-    former model is being loaded again.
+    former model is being loaded again. `removals` are of adapters that it is loaded without.
     """
 
     config: ModelConfig
@@ -76,6 +76,7 @@ class Change:
     loading: Loading | None = None
     failure: Exception | None = None
     drain_until: float | None = None
+    removals: tuple[ChangeLora, ...] = ()
 
     @property
     def overlaps(self) -> bool:
@@ -85,6 +86,8 @@ class Change:
     def answer(self, error: Exception | None) -> None:
         if self.command is not None:
             self.command.end(error)
+        for removal in self.removals:
+            settle(removal.answer, error=error)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

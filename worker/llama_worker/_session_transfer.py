@@ -28,7 +28,8 @@ T = TypeVar("T")
 def exported(transfer: CacheTransfer, view: ModelView, held: Held, today: date) -> Future[bytes]:
     """The session that holds `held`, as bytes. Never blocks. Raises ManifestMismatchError at once.
 
-    The future may fail with OSError when the model's file cannot be read any more, and with WorkerClosed.
+    The future may fail with OSError when the model's file cannot be read any more, with WorkerClosed, and with
+    ManifestMismatchError when another model came meanwhile.
     """
     held.check(view)
     kv = KVIdentity(held.manifest.identity.loras)
@@ -37,7 +38,7 @@ def exported(transfer: CacheTransfer, view: ModelView, held: Held, today: date) 
         if view.limits.can_save and held.n_computed
         else begin(lambda: None)
     )
-    return then(states, lambda found: SessionState(held, today, found or b"").to_bytes())
+    return then(_or_mismatch(states), lambda found: SessionState(held, today, found or b"").to_bytes())
 
 
 def imported(
@@ -62,19 +63,19 @@ def imported(
     return mine, _or_mismatch(transfer.import_prefix(view, state.states))
 
 
-def _or_mismatch(taken: Future[int]) -> Future[int]:
+def _or_mismatch(taken: Future[T]) -> Future[T]:
     """What is not damaged, and refused all the same, was computed by something else."""
-    answer: Future[int] = Future()
+    answer: Future[T] = Future()
 
-    def pass_on(done: Future[int]) -> None:
+    def pass_on(done: Future[T]) -> None:
         begin(_result_of(done), answer)
 
     taken.add_done_callback(pass_on)
     return answer
 
 
-def _result_of(done: Future[int]) -> Callable[[], int]:
-    def result() -> int:
+def _result_of(done: Future[T]) -> Callable[[], T]:
+    def result() -> T:
         try:
             return done.result()
         except StateError as exc:

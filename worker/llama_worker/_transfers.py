@@ -15,6 +15,7 @@ from llama_worker._engine.base import StateError
 from llama_worker._errors import copy_of
 from llama_worker._identity import KVIdentity
 from llama_worker._kv_ops import apply
+from llama_worker._other_load import OtherLoad, mark_of
 from llama_worker._prefix_cache import Slot
 from llama_worker._ram_tier import WORTH_SAVING, Entry
 from llama_worker._scheduler import Scheduler
@@ -30,14 +31,23 @@ def serve_transfers(service: Service) -> None:
     service.transfers[:] = [transfer for transfer in service.transfers if not _serve(service, transfer)]
 
 
+def wants_model(service: Service) -> bool:
+    """Whether a model that was let go has to be loaded for an Import. An Export is content: nothing is kept then."""
+    if service.loaded is not None or service.change is not None or service.refusal is not None:
+        return False
+    return any(isinstance(transfer, Import) for transfer in service.transfers)
+
+
 def _serve(service: Service, transfer: Transfer) -> bool:
     loaded = service.loaded
     if loaded is None and service.refusal is not None:
         transfer.fail(copy_of(service.refusal))
-    elif loaded is None and service.change is not None:
+    elif loaded is None and (service.change is not None or isinstance(transfer, Import)):
         return False
-    elif loaded is None or loaded.view.epoch != transfer.epoch or not loaded.engine.limits.can_save:
-        settle(transfer.answer, result=() if isinstance(transfer, Export) else 0)
+    elif loaded is None:
+        settle(transfer.answer, result=())
+    elif not _is_meant(loaded, transfer):
+        transfer.fail(OtherLoad(loaded.view))
     elif isinstance(transfer, Import):
         settle(transfer.answer, result=sum(_take_in(loaded, entry) for entry in transfer.entries))
     elif transfer.tokens is None:
@@ -47,6 +57,13 @@ def _serve(service: Service, transfer: Transfer) -> bool:
     else:
         settle(transfer.answer, result=tuple(_longest(loaded, transfer)))
     return True
+
+
+def _is_meant(loaded: Loaded, transfer: Transfer) -> bool:
+    """Whether `transfer` was made for this load of a model, or for one whose states are the same."""
+    if loaded.view.epoch == transfer.epoch:
+        return True
+    return isinstance(transfer, Import) and transfer.mark is not None and transfer.mark == mark_of(loaded.view)
 
 
 def open_disk(service: Service, view: ModelView, scheduler: Scheduler) -> Disk | None:

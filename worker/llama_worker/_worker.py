@@ -520,7 +520,8 @@ class LlamaWorker:
 
     def remove_lora(self, name: str) -> None:
         """Offer the LoRA adapter `name` no longer. Requests that have begun with it finish, and then its memory is
-        given back; those that still wait in the queue fail with InvalidRequestError, as new ones do.
+        given back; those that still wait in the queue fail with InvalidRequestError, as new ones do. It helps too
+        where an idle model cannot be loaded again because the adapter's file is gone.
 
         Raises InvalidRequestError for a name that is not loaded.
         """
@@ -611,7 +612,8 @@ class LlamaWorker:
         """Take what `export_cache` wrote, or another worker's cache_dir, into RAM, as much as cache_ram holds.
 
         What is damaged, or another model's, template's or setting's, is left out. Returns how many prefixes are kept.
-        Blocks and raises as `export_cache`.
+        An idle model that was let go is loaded for it, and a reload is waited for. Blocks and raises as `export_cache`;
+        InvalidRequestError too for a folder that does not exist.
         """
         return self._transfer.import_cache(self._view(), folder).result()
 
