@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llama_worker import ConfigError, Message, ModelConfig
+from llama_worker import ConfigError, Message, ModelConfig, WorkerConfig
 from llama_worker._commands import Export
+from llama_worker._disk import LEAST_LINE
+from llama_worker._disk_line import line
 from llama_worker._disk_threads import begin
 from llama_worker._disk_tier import FRESH, PATIENCE, DiskTier
 from llama_worker._engine.base import StateError, TokenIds
@@ -37,6 +40,7 @@ from tests.worker.test_lora_cache import LONG, SETS, answered
 from tests.worker.test_lora_cache import alone as with_set
 from tests.worker.test_lora_cache import opened as with_loras
 from tests.worker.test_prefix_cache import ids, run_of
+from tests.worker.waiting import wait_until
 
 PROOF = bool(os.environ.get("LLAMA_WORKER_PROOF"))
 KINDS = ["plain", "window", "hybrid"]
@@ -193,6 +197,88 @@ def test_what_comes_faster_than_the_disk_takes_it_is_dropped(tmp_path: Path):
     assert cache.disk_dropped > 0
     assert cache.disk + cache.disk_dropped == 11
     bench.shut_down()
+
+
+@contextmanager
+def busy_disk() -> Iterator[None]:
+    """Nothing is written meanwhile."""
+    held_up = Event()
+    begin(held_up.wait)
+    try:
+        yield
+    finally:
+        held_up.set()
+
+
+def reload(bench: Bench, **config: Any) -> None:
+    command = bench.reload(**config)
+    bench.settle(command.answer)
+    assert command.answer.exception() is None
+
+
+@pytest.mark.parametrize("how", ["unloaded", "reloaded", "closed"])
+def test_the_end_waits_for_what_every_model_has_to_write(how: str, tmp_path: Path):
+    """Its memory is free for others before."""
+    keep_alive = 0.01 if how == "unloaded" else None
+    worker = fake_worker("hi", cache_dir=str(tmp_path), worker_config=WorkerConfig(keep_alive=keep_alive))
+    with busy_disk():
+        worker.generate(conversation(0))
+        if how == "unloaded":
+            wait_until(lambda: worker.status().state == "unloaded")
+        elif how == "reloaded":
+            worker.reload(model="fake://other")
+        closing = Thread(target=worker.close)
+        closing.start()
+        worker._service.freed.result(5)
+        assert worker._service.loaded is None
+        closing.join(0.2)
+        assert closing.is_alive()
+        assert list(tmp_path.iterdir()) == []
+    closing.join()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nobody_waits_for_the_disk_while_others_are_writing(tmp_path: Path):
+    """Neither the first request after a reload, nor that of another worker with another folder."""
+    bench = with_disk("plain", tmp_path / "one")
+    ask(bench, conversation(0))
+    with busy_disk():
+        reload(bench, model="fake://other")
+        other = with_disk("plain", tmp_path / "two")
+        for each in (bench, other):
+            assert ask(each, conversation(1)).text == alone(conversation(1))
+            assert each.service.loaded is not None
+            assert not each.service.loaded.disk.is_opening
+    bench.shut_down()
+    other.shut_down()
+
+
+def test_the_line_is_one_for_the_process_and_has_each_file_once(tmp_path: Path):
+    bench = with_disk("plain", tmp_path)
+    with busy_disk():
+        for i in range(6):
+            ask(bench, conversation(0))
+            reload(bench, n_parallel=1 + i % 2)
+        assert len(line._writing) == 1
+        assert bench.service.loaded is not None
+        assert bench.service.loaded.disk.room == LEAST_LINE - line._writing[0].entry.n_bytes
+        sink = ask(bench, next_turn(conversation(0)))
+        assert sink.terminal.usage.cached_tokens >= N
+    bench.shut_down()
+
+
+def test_several_workers_have_one_line_together(tmp_path: Path):
+    benches = [with_disk("plain", tmp_path / f"{i}") for i in range(3)]
+    with busy_disk():
+        for bench in benches:
+            assert bench.service.loaded is not None
+            bench.service.loaded.disk._line = 10_000
+            for i in range(6):
+                ask(bench, conversation(i))
+        assert line.room(10_000) >= 0
+        assert len({writing.owner for writing in line._writing}) == 1
+    for bench in benches:
+        bench.shut_down()
 
 
 def test_copies_that_come_back_from_the_disk_were_not_made_in_vain(tmp_path: Path):

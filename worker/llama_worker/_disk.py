@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from llama_worker._cache_identity import content_of, fingerprint_of, note_content, noted_content
+from llama_worker._disk_line import Writing, line
 from llama_worker._disk_store import DiskStore
-from llama_worker._disk_threads import begin, begin_reading
+from llama_worker._disk_threads import begin, begin_alone, begin_reading
 from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker._shelved import Shelved
 from llama_worker._tokens import common_prefix
@@ -22,7 +24,7 @@ from llama_worker._view import ModelView
 logger = logging.getLogger("llama_worker")
 
 LEAST_LINE = 256 << 20
-"""Bytes that may wait to be written, at least: as many as `cache_ram`, if that is more."""
+"""Bytes that may wait to be written in this process, at least: as many as `cache_ram`, if that is more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,15 +33,6 @@ class Reading:
 
     entry: Entry | None = None
     is_done: bool = False
-
-
-class _Writing:
-    """An entry in the line."""
-
-    def __init__(self, entry: Entry, done: Future[None]) -> None:
-        places = tuple(checkpoint.length for checkpoint in entry.checkpoints)
-        self.entry, self.done = entry, done
-        self.shelved = Shelved(tokens=entry.tokens, kv=entry.kv, checkpoints=places, n_bytes=entry.n_bytes)
 
 
 class Disk:
@@ -56,12 +49,14 @@ class Disk:
         self._can_trim = view.limits.can_trim_restored
         self._line = max(LEAST_LINE, view.config.cache_ram << 20)
         self._store: DiskStore | None = None
-        self._writing: list[_Writing] = []
+        self._writing: list[Writing] = []
+        self._inherited: SimpleQueue[Writing] = SimpleQueue()
         self._looking: Future[None] | None = None
         self._n_refused = self._n_too_large = 0  # one counter for each thread that counts
         self._n_unread = self._n_failed = 0
         self._has_warned = False
-        begin(self._open)
+        self._opened: Future[None] = Future()
+        begin_alone(self._open)
 
     def __repr__(self) -> str:
         return f"<Disk {'opening' if self._store is None else self._store!r}>"
@@ -70,7 +65,7 @@ class Disk:
     def index(self) -> Sequence[Shelved]:
         """What there is, and what is about to be: it can be had already, from the line of what is to be written."""
         files = () if self._store is None else self._store.index
-        return (*files, *[writing.shelved for writing in self._under_way()]) if self._writing else files
+        return (*files, *[writing.shelved for writing in self._under_way()])
 
     @property
     def n_files(self) -> int:
@@ -91,7 +86,7 @@ class Disk:
     @property
     def room(self) -> int:
         """Bytes that may be given to `write` now."""
-        return self._line - sum(writing.entry.n_bytes for writing in self._under_way())
+        return line.room(self._line)
 
     def read(self, shelved: Shelved) -> Reading:
         """See Shelf."""
@@ -104,36 +99,49 @@ class Disk:
 
     def write(self, entry: Entry) -> None:
         """See Shelf."""
-        room = self.room
-        if entry.n_bytes > room and self._writing:
+        store = self._store
+        path = None if store is None else self._folder / store.name_of(saved_prefix(entry, store.fingerprint))
+        writing = Writing(entry, path, self._nudge)
+        found = line.join(writing, self._line)
+        if found is None:
             self._n_refused += 1
-        else:
-            self._writing.append(_Writing(entry, begin(lambda: self._write(entry))))
+            return
+        if found is writing:
+            begin(lambda: self._write(entry), writing.done)
+        self._writing.append(found if found is writing else self._following(found))
 
     def refresh(self) -> None:
         """See Shelf."""
         if self._looking is None or self._looking.done():
             self._looking = begin(self._look)
 
-    def flush(self, timeout: float) -> None:
-        """Wait until everything is written, at most `timeout` seconds."""
-        wait([writing.done for writing in self._writing], timeout)
-
-    def _under_way(self) -> list[_Writing]:
+    def _under_way(self) -> list[Writing]:
+        while not self._inherited.empty():
+            self._writing.append(self._inherited.get())
         self._writing = [writing for writing in self._writing if not writing.done.done()]
         return self._writing
 
-    # -- on the thread for writes -------------------------------------------------------------------
+    def _following(self, other: Writing) -> Writing:
+        """What somebody else has in the line is under way until the index has it."""
+        mine = Writing(other.entry, other.path, self._nudge)
+        other.done.add_done_callback(lambda _: begin(self._look, mine.done))
+        return mine
+
+    # -- on a thread of its own ---------------------------------------------------------------------
 
     def _open(self) -> None:
         try:
-            self._store = DiskStore(self._folder, fingerprint_of(self._view, self._content()), self._budget)
-            self._n_failed += self._store.look()
+            store = DiskStore(self._folder, fingerprint_of(self._view, self._content()), self._budget)
+            for writing in line.of(self._folder, store.fingerprint):
+                self._inherited.put(self._following(writing))  # what the former model left, mostly
+            self._store = store
+            self._n_failed += store.look()
         except Exception as exc:  # noqa: BLE001  whatever it is: then there is no disk
             self._n_failed += 1
             self._warn(exc)
         finally:
             self.is_opening = False
+            self._opened.set_result(None)  # from now on its thread is the one for writes
             self._nudge()
 
     def _content(self) -> bytes:
@@ -150,7 +158,10 @@ class Disk:
             self._warn(exc)
         return content
 
+    # -- on the thread for writes -------------------------------------------------------------------
+
     def _write(self, entry: Entry) -> None:
+        self._opened.result()
         store = self._store
         if store is None:
             return  # it could not be opened, which was said
@@ -174,6 +185,7 @@ class Disk:
                 store.remove(shelved)
 
     def _look(self) -> None:
+        self._opened.result()
         try:
             if self._store is not None:
                 self._n_failed += self._store.look()

@@ -1,10 +1,12 @@
 """The threads of this process that wait for disks, so that neither a decode nor an event loop does.
 
 One for what a request waits for, one for what nobody waits for, writes above all: a read never stands behind them.
+Folders are opened by threads of their own, since that may take as long as reading a whole model.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -43,6 +45,11 @@ def begin_reading(work: Callable[[], object]) -> None:
     """Do `work`, which must not raise, on the thread for reads. Never blocks; any thread."""
     _reads.start()
     _reads.add(work)
+
+
+def begin_alone(work: Callable[[], object]) -> None:
+    """Do `work`, which must not raise, on a thread of its own. Never blocks; any thread."""
+    threading.Thread(target=work, name="llama-worker-opens", daemon=True).start()
 
 
 def then(first: Future[A], work: Callable[[A], B]) -> Future[B]:

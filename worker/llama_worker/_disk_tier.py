@@ -48,6 +48,7 @@ class Shelf(Protocol):
     @property
     def is_opening(self) -> bool:
         """Whether the index is about to be there; False also where that will take long."""
+        ...
 
     @property
     def index(self) -> Sequence[Shelved]: ...

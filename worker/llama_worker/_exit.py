@@ -48,14 +48,14 @@ def interrupt(service: Service) -> None:
 def let_go(service: Service, pid: int) -> None:
     """The last user of a worker dropped it in the process `pid`, or in a child of it. Never blocks."""
     if os.getpid() == pid:
-        leaves(service.ended)
+        leaves(service.freed)
         interrupt(service)
 
 
-def leaves(ended: Future[None]) -> None:
-    """A worker is on its way out; when `ended` is settled its memory is free. Never blocks."""
-    _leaving.append(ended)
-    ended.add_done_callback(_leaving.remove)
+def leaves(freed: Future[None]) -> None:
+    """A worker is on its way out; when `freed` is settled its memory is free. Never blocks."""
+    _leaving.append(freed)
+    freed.add_done_callback(_leaving.remove)
 
 
 def await_leaving() -> None:

@@ -15,6 +15,7 @@ from typing import assert_never
 
 from llama_worker._commands import ChangeLora, Embed, Export, Generate, Import, Reload, Request, Shutdown, settle
 from llama_worker._decoding import generate
+from llama_worker._disk_line import line
 from llama_worker._embedding import embed
 from llama_worker._errors import (
     DeadlineExceeded,
@@ -217,25 +218,29 @@ def _exceeded(request: Request) -> DeadlineExceeded:
 
 
 def end(service: Service, cause: BaseException | None) -> None:
-    """Close the channel, answer everyone, free the model. Nothing may keep a caller waiting here."""
+    """Close the channel, answer everyone, free the model, wait for the disk. Nothing may keep a caller waiting here."""
     if service.parked:
         service.ended.result()  # the watchdog has answered everyone, or is about to
     else:
         dismiss(service, _last_words(service, cause), "closed" if cause is None else "dead")
-    change, disk = service.change, None if service.loaded is None else service.loaded.disk
+    _free(service)
+    line.flush(service.channel.nudge, _FAREWELL)  # of every model that this worker had
+    service.change = None  # not before: until then the watchdog looks after the loading thread
+    service.launch.close()
+    service.preparer.close()
+    settle(service.ended)
+
+
+def _free(service: Service) -> None:
+    change = service.change
     try:
         unload(service)
-        if disk is not None:
-            disk.flush(_FAREWELL)
         if change is not None and change.loading is not None:
             change.loading.cancel()
             change.loading.join()
     except Exception:
         logger.exception("the model could not be freed in order")
-    service.change = None  # not before: until then the watchdog looks after the loading thread
-    service.launch.close()
-    service.preparer.close()
-    settle(service.ended)
+    settle(service.freed)
 
 
 def dismiss(service: Service, error: LlamaWorkerError, state: State) -> None:

@@ -37,7 +37,7 @@ class Place:
         self.restarts = restarts
         self._worker: weakref.ref[LlamaWorker] | None = None
         self._published: Published | None = None
-        self._ended: Future[None] | None = None
+        self._freed: Future[None] | None = None
 
     @property
     def worker(self) -> LlamaWorker | None:
@@ -59,14 +59,14 @@ class Place:
 
     def clear(self) -> None:
         """Another worker comes; it may not load before the memory of the last one is free."""
-        if self._ended is not None:
-            _exit.leaves(self._ended)
+        if self._freed is not None:
+            _exit.leaves(self._freed)
 
     def take(self, worker: LlamaWorker) -> None:
         self._worker = weakref.ref(worker)
         # The reason must outlive the worker: who hears that it died may let go of it.
         self._published = worker._published
-        self._ended = worker._service.ended
+        self._freed = worker._service.freed
 
 
 class Registry:

@@ -115,6 +115,7 @@ class Service:
     epoch: int = 0
     n_steps: int = 0
     n_aborts: int = 0
+    freed: Future[None] = field(default_factory=Future)  # before `ended`, which waits for the disk
     ended: Future[None] = field(default_factory=Future)
     abort: Callable[[], None] | None = None
     launch: Launch = field(default_factory=LoaderThread)

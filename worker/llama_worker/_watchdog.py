@@ -103,6 +103,7 @@ def give_up(service: Service, reason: str) -> None:
             change.loading.cancel()
     finally:
         service.preparer.close()
+        settle(service.freed)
         settle(service.ended)
 
 
