@@ -53,6 +53,24 @@ def carry_out(cache: PrefixCache, ops: object) -> list[object]:
 # --- the tier itself
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_beginning_stays_where_its_continuation_cannot_be_cut_to_it(back: bool):
+    saved = tier(can_trim=False)
+    checkpoints = (Checkpoint(200, state(), 1),) if back else ()
+    saved.put(run_of(0, 200), state(), (), 1)
+    saved.put(run_of(0, 300), state(), checkpoints, 2)
+    assert saved.find(np.concatenate([run_of(0, 200), run_of(900, 50)]))[1] == 200
+    assert len(saved.entries) == (1 if back else 2)
+    saved.check()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_beginning_is_saved_where_no_continuation_can_be_cut_to_it(back: bool):
+    saved = tier(can_trim=False)
+    saved.put(run_of(0, 300), state(), (Checkpoint(200, state(), 1),) if back else (), 1)
+    assert saved.wants(run_of(0, 200)) is not back
+
+
 def test_the_longest_beginning_is_found():
     saved = tier()
     saved.put(run_of(0, 200), state(), (), 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import struct
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,43 @@ def test_damage_is_found_and_nothing_is_changed(opened: Callable[..., LlamaWorke
             session.import_state(odd)  # type: ignore[arg-type]
     assert len(session.tokens) == status.resident
     assert session.ensure_prefix([SYSTEM]).prefilled == 0
+
+
+def rewritten(data: bytes, change: Callable[[dict[str, Any]], bytes | None]) -> bytes:
+    """`data` with another description, and a digest that fits it."""
+    n_described, n_tokens = struct.unpack_from("<QQ", data, 8)
+    described = json.loads(data[24 : 24 + n_described])
+    written = change(described) or json.dumps(described).encode()
+    whole = data[:8] + struct.pack("<QQ", len(written), n_tokens) + written + data[24 + n_described : -32]
+    return whole + blake2b(whole, digest_size=32).digest()
+
+
+ODD: dict[str, Callable[[dict[str, Any]], bytes | None]] = {
+    "endless": lambda d: d.update(n_computed=float("inf")),
+    "no number": lambda d: d["manifest"].update(n_prefix=float("nan")),
+    "a fraction": lambda d: d.update(n_computed=1.5),
+    "negative": lambda d: d["manifest"].update(n_prefix=-5),
+    "deep": lambda _: b"[" * 100_000,
+    "a list": lambda _: b"[]",
+    "no text": lambda _: b"\xff\xfe",
+    "segments of other kinds": lambda d: d["manifest"]["segments"][0].update(role=1, stable=1, start="x", end=None),
+    "a segment that is elsewhere": lambda d: d["manifest"]["segments"][0].update(start=1),
+    "no segments": lambda d: d["manifest"].update(segments=7),
+    "room": lambda d: d["manifest"]["identity"].update(n_ctx="lots"),
+    "adapters": lambda d: d["manifest"]["identity"].update(loras=[["a", float("inf")]]),
+    "more": lambda d: d.update(more=1),
+    "a date": lambda d: d.update(today=7),
+    "messages": lambda d: d.update(prefix=[7]),
+    "nothing": lambda d: d.update(suffix=None),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_contents_are_told_whatever_their_digest_says(opened: Callable[..., LlamaWorker], odd: str):
+    session = opened().session()
+    with pytest.raises(StateError):
+        session.import_state(rewritten(exported(opened()), ODD[odd]))
+    assert session.tokens == [], session.explain()
 
 
 def test_a_closed_or_empty_session_exports_nothing(opened: Callable[..., LlamaWorker]):

@@ -116,7 +116,7 @@ class RamTier:
     def wants(self, tokens: TokenIds, kv: KVIdentity = BASE) -> bool:
         """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
         budget, same = self.budget, [entry for entry in self.entries if entry.kv == kv]
-        if len(tokens) < WORTH_SAVING or any(common_prefix(e.tokens, tokens) == len(tokens) for e in same):
+        if len(tokens) < WORTH_SAVING or any(self._replaces(entry, tokens) for entry in same):
             return False
         if budget and len(tokens) * self._bytes_of_token <= budget:
             return True
@@ -135,13 +135,13 @@ class RamTier:
         kv: KVIdentity = BASE,
         continued: bool | None = None,
     ) -> None:
-        """Keep a sequence. What is a beginning of it is here no longer; the oldest make room."""
+        """Keep a sequence. A beginning of it that it leads back to is here no longer; the oldest make room."""
         entry = Entry(tokens, state, checkpoints, now, kv, continued)
         self._bytes_of_token = state.nbytes / len(tokens)
         if not self.takes(entry):
             self._gone(entry)
             return
-        kept = [old for old in self.entries if old.kv != kv or common_prefix(old.tokens, tokens) < old.n]
+        kept = [old for old in self.entries if old.kv != kv or not self._replaces(entry, old.tokens)]
         self._keep([*kept, entry])
         self.counts = replace(self.counts, saved=self.counts.saved + 1)
         self.fit()
@@ -183,6 +183,11 @@ class RamTier:
         """Assert that the bytes add up and are within the budget."""
         assert self.n_bytes == sum(entry.n_bytes for entry in self.entries), "bytes of entries differ"
         assert self.n_bytes <= self.budget, f"{self.n_bytes} bytes of entries"
+
+    def _replaces(self, entry: Entry, tokens: TokenIds) -> bool:
+        """Whether all of `tokens`, and nothing behind them, can be had from `entry` too."""
+        n = len(tokens)
+        return common_prefix(entry.tokens, tokens) == n and self._usable(entry, n) == n
 
     def _usable(self, entry: Entry, length: int) -> int:
         if length == entry.n or self._can_trim:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from hashlib import blake2b
+from math import isfinite
 from typing import Any, Final
 
 import numpy as np
@@ -25,11 +27,23 @@ from llama_worker._errors import InvalidRequestError, LlamaWorkerError, StateErr
 from llama_worker._manifest import Manifest, RuntimeIdentity, Segment, token_digest
 from llama_worker._requests import Message, ToolSpec
 from llama_worker._session_jobs import Held
+from llama_worker._tokens import TokenIds
 
 VERSION: Final = 1
 _MAGIC: Final = b"LWSS"
 _HEAD: Final = struct.Struct("<4sIQQ")
 _DIGEST: Final = 32
+_JSON: Final = {"str": str, "int": int, "bool": bool}
+_DESCRIBED: Final = {
+    "today": "str",
+    "prefix": "tuple",
+    "tools": "tuple",
+    "suffix": "tuple",
+    "n_computed": "int",
+    "is_chat": "bool",
+    "manifest": "dict",
+}
+"""The fields of a description and their kinds, as annotations write them; a tuple is a list in JSON."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,18 +88,28 @@ class SessionState:
         at = _HEAD.size + n_described
         try:
             return _described(json.loads(whole[_HEAD.size : at]), whole[at : at + n_tokens], whole[at + n_tokens :])
-        except (ValueError, TypeError, KeyError, LlamaWorkerError) as exc:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            LlamaWorkerError,
+        ) as exc:
             raise StateError(f"the exported session is not what this version reads ({type(exc).__name__})") from exc
 
 
-def _described(described: dict[str, Any], ids: bytes, states: bytes) -> SessionState:
+def _described(described: Any, ids: bytes, states: bytes) -> SessionState:
+    _require_kinds(described, _DESCRIBED)
     tokens = np.frombuffer(ids, "<i4").astype(np.int32)
     manifest = _manifest(described["manifest"])
-    n_computed = int(described["n_computed"])
-    if not (manifest.n_prefix <= manifest.n_tokens == len(tokens) and 0 <= n_computed <= len(tokens)):
+    n_computed = described["n_computed"]
+    if not (0 <= manifest.n_prefix <= manifest.n_tokens == len(tokens) and 0 <= n_computed <= len(tokens)):
         raise ValueError("its parts do not fit together")
     if manifest.prefix_digest != token_digest(tokens[: manifest.n_prefix]):
         raise ValueError("its prefix is another")
+    _check_segments(manifest, tokens)
     held = Held(
         tokens=tokens,
         n_computed=n_computed,
@@ -93,21 +117,46 @@ def _described(described: dict[str, Any], ids: bytes, states: bytes) -> SessionS
         prefix=tuple(Message(**message) for message in described["prefix"]),
         tools=tuple(ToolSpec(**tool) for tool in described["tools"]),
         suffix=tuple(Message(**message) for message in described["suffix"]),
-        is_chat=bool(described["is_chat"]),
+        is_chat=described["is_chat"],
     )
     return SessionState(held, date.fromisoformat(described["today"]), states)
 
 
-def _manifest(given: dict[str, Any]) -> Manifest:
-    identity = given["identity"]
-    loras = tuple((str(digest), float(scale)) for digest, scale in identity["loras"])
+def _manifest(given: Any) -> Manifest:
+    _require_kinds(given, Manifest.__annotations__)
+    _require_kinds(given["identity"], RuntimeIdentity.__annotations__)
+    for segment in given["segments"]:
+        _require_kinds(segment, Segment.__annotations__)
+    loras = tuple((str(digest), float(scale)) for digest, scale in given["identity"]["loras"])
+    if not all(isfinite(scale) for _, scale in loras):
+        raise ValueError("a scale is no number")
     return Manifest(
-        identity=RuntimeIdentity(**{**identity, "loras": loras}),
+        identity=RuntimeIdentity(**{**given["identity"], "loras": loras}),
         segments=tuple(Segment(**segment) for segment in given["segments"]),
-        n_prefix=int(given["n_prefix"]),
-        n_tokens=int(given["n_tokens"]),
-        prefix_digest=str(given["prefix_digest"]),
+        n_prefix=given["n_prefix"],
+        n_tokens=given["n_tokens"],
+        prefix_digest=given["prefix_digest"],
     )
+
+
+def _require_kinds(given: Any, kinds: Mapping[str, Any]) -> None:
+    """Raises TypeError unless `given` has just these fields, each of its kind in JSON."""
+    if not isinstance(given, dict) or set(given) != set(kinds):
+        raise TypeError("other fields than it should have")
+    for name, kind in kinds.items():
+        if type(given[name]) is not _JSON.get(kind, list if kind.startswith("tuple") else dict):
+            raise TypeError(f"{name} is of another kind")
+
+
+def _check_segments(manifest: Manifest, tokens: TokenIds) -> None:
+    """Raises ValueError unless they follow one another and are of these tokens."""
+    start = 0
+    for segment in manifest.segments:
+        if not start <= segment.start < segment.end <= len(tokens):
+            raise ValueError("its segments overlap, or reach too far")
+        if segment.digest != token_digest(tokens[segment.start : segment.end]):
+            raise ValueError("a segment is of other tokens")
+        start = segment.end
 
 
 def _digest(data: bytes) -> bytes:
