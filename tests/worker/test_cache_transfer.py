@@ -231,6 +231,12 @@ def test_without_a_folder_it_is_asked_for(worker: LlamaWorker):
         worker.export_cache()
 
 
+def test_what_is_no_path_is_refused(worker: LlamaWorker):
+    for call in (worker.export_cache, worker.import_cache):
+        with pytest.raises(InvalidRequestError, match="path"):
+            call(7)  # type: ignore[arg-type]
+
+
 def test_a_file_in_the_place_of_the_folder_is_an_error_and_no_more(worker: LlamaWorker, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError):

@@ -628,7 +628,32 @@ def test_where_the_model_ends_there_is_no_token(staged: Callable[..., Stage]):
     assert session.tokens == held
 
 
-@pytest.mark.parametrize("ids", [[], "text", [1.5], [-1], [2**40], [True, "a"], [259]])
+def test_a_single_id_takes_nobodys_slot(staged: Callable[..., Stage]):
+    """There is nothing to compute before it."""
+    worker = staged(n_parallel=1, cache_ram=0).worker
+    worker.generate([SYSTEM, USER], max_tokens=1)
+    before = worker.cache_metrics()
+    session = worker.session()
+    status = session.prefill([65])
+    assert (status.reused, status.prefilled, status.resident) == (0, 0, 0)
+    assert session.tokens == [65]
+    after = worker.cache_metrics()
+    assert (after.kept, after.used) == (before.kept, before.used)
+    assert worker.generate([SYSTEM, USER], max_tokens=1).usage.cached_tokens > len(SYSTEM.content)
+    assert session.decode_one(ignore_eos=True) is not None
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "text", [7], [{1: 2}], [None]])
+def test_what_are_no_messages_or_tools_is_refused(stage: Stage, wrong: Any):
+    session = stage.worker.session()
+    with pytest.raises(InvalidRequestError):
+        session.ensure_prefix(wrong)
+    with pytest.raises(InvalidRequestError):
+        session.ensure_prefix([SYSTEM], tools=wrong)
+    assert session.explain().state == "open"
+
+
+@pytest.mark.parametrize("ids", [None, 7, {}, [], "text", [1.5], [-1], [2**40], [True, "a"], [259]])
 def test_what_are_no_ids_is_refused(stage: Stage, ids: Any):
     session = stage.worker.session()
     with pytest.raises(InvalidRequestError, match="tokens"):

@@ -6,6 +6,7 @@ thread of their own, so that neither a generation nor an event loop waits for th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -141,6 +142,8 @@ def _folder(view: ModelView, folder: str | Path | None) -> Path:
     chosen = view.config.cache_dir if folder is None else folder
     if chosen is None:
         raise InvalidRequestError("folder", None, "give one, or open the model with cache_dir")
+    if not isinstance(chosen, str | os.PathLike):
+        raise InvalidRequestError("folder", type(chosen).__name__, "give a path")
     return Path(chosen).expanduser()
 
 

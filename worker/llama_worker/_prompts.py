@@ -28,7 +28,7 @@ def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
 def _message(item: MessageLike, place: str) -> Message:
     if isinstance(item, Message):
         return item
-    if not isinstance(item, Mapping):
+    if not _has_fields(item):
         reason = "each must be a Message or a mapping with role and content"
         raise InvalidRequestError("messages", type(item).__name__, reason)
     try:
@@ -44,10 +44,18 @@ def core_tools(tools: Sequence[ToolLike]) -> tuple[ToolSpec, ...]:
 
 
 def _tool(item: ToolLike, place: str) -> ToolSpec:
+    if isinstance(item, ToolSpec):
+        return item
+    if not _has_fields(item):
+        raise InvalidRequestError("tools", type(item).__name__, "each must be a ToolSpec or a mapping with a name")
     try:
-        return item if isinstance(item, ToolSpec) else ToolSpec(**item)
+        return ToolSpec(**item)
     except InvalidRequestError as error:
         raise error.within(place) from None
+
+
+def _has_fields(item: object) -> bool:
+    return isinstance(item, Mapping) and all(isinstance(name, str) for name in item)
 
 
 def generation_request(

@@ -135,9 +135,16 @@ class Scheduler:
             yield generation, loan.ops
 
     def spare(self) -> list[Generation]:
-        """Of those who wait and want nothing but their prompts computed, those whose prompts are. They need no slot."""
+        """Of those who wait and want nothing but their prompts computed, those whose prompts are. They need no slot.
+
+        An empty prompt is computed: of one id there is nothing to compute before a reply (see `_session_jobs`).
+        """
         spared = []
         for generation in [g for g in self.waiting if g.is_prefill]:
+            if not generation.n_prompt:
+                generation.cached = 0
+                spared.append(generation)
+                continue
             slot = self.cache.find_whole(generation.tokens.view, generation.kv)
             if slot is not None:
                 generation.cached = generation.n_prompt

@@ -193,7 +193,7 @@ def _refuse(sampling: Mapping[str, Any], names: Sequence[str], reason: str) -> N
 
 def _ids(tokens: Sequence[int]) -> TokenIds:
     """Raises InvalidRequestError for what are no ids of any vocabulary."""
-    if isinstance(tokens, str | bytes) or not len(tokens):
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence | np.ndarray) or not len(tokens):
         raise InvalidRequestError("tokens", type(tokens).__name__, "give at least one id")
     wrong = [token for token in tokens if not isinstance(token, int | np.integer) or not 0 <= token < 2**31]
     if wrong:

@@ -33,6 +33,7 @@ VERSION: Final = 1
 _MAGIC: Final = b"LWSS"
 _HEAD: Final = struct.Struct("<4sIQQ")
 _DIGEST: Final = 32
+_ODD: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, LlamaWorkerError)
 _JSON: Final = {"str": str, "int": int, "bool": bool}
 _DESCRIBED: Final = {
     "today": "str",
@@ -88,15 +89,7 @@ class SessionState:
         at = _HEAD.size + n_described
         try:
             return _described(json.loads(whole[_HEAD.size : at]), whole[at : at + n_tokens], whole[at + n_tokens :])
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-            LlamaWorkerError,
-        ) as exc:
+        except _ODD as exc:
             raise StateError(f"the exported session is not what this version reads ({type(exc).__name__})") from exc
 
 
