@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 
 from llama_worker import (
     ContextOverflowError,
+    DeadlineExceeded,
+    GenerationCancelled,
     InvalidRequestError,
     LlamaWorker,
     ManifestMismatchError,
@@ -22,7 +26,7 @@ from llama_worker import (
     SessionClosedError,
     StateError,
 )
-from llama_worker.testing import fake_loader, fake_worker
+from llama_worker.testing import Gate, fake_loader, fake_worker
 from tests.worker.test_checkpoints import MODELS
 from tests.worker.test_session import MORE, REPLY, SYSTEM, TOOL, USER
 
@@ -187,6 +191,56 @@ def test_odd_contents_are_told_whatever_their_digest_says(opened: Callable[..., 
     with pytest.raises(StateError):
         session.import_state(rewritten(exported(opened()), ODD[odd]))
     assert session.tokens == [], session.explain()
+
+
+class Busy:
+    """A worker with one slot, which a reply has, and a session that waits for it."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.worker = fake_worker(loader=fake_loader(gate=self.gate), n_ctx=4096, n_parallel=1)
+        self.session = self.worker.session()
+        self.session.ensure_prefix([SYSTEM])
+        self.gate.shut()
+        self.stream = self.worker.stream("x", max_tokens=500, ignore_eos=True)
+        self.gate.wait_reached()
+
+    def end(self) -> None:
+        self.gate.open()
+        self.worker.close()
+
+
+@pytest.fixture
+def busy() -> Iterator[Busy]:
+    stage = Busy()
+    yield stage
+    stage.end()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_export_that_waits_ends_at_its_timeout(busy: Busy, asynchronous: bool):
+    def export() -> bytes:
+        session = busy.session
+        return asyncio.run(session.aexport_state(timeout=0.05)) if asynchronous else session.export_state(timeout=0.05)
+
+    with pytest.raises(DeadlineExceeded):
+        export()
+    with pytest.raises(InvalidRequestError, match="timeout"):
+        busy.session.export_state(timeout=-1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_export_that_waits_ends_with_its_session(busy: Busy, asynchronous: bool):
+    def export() -> bytes:
+        return asyncio.run(busy.session.aexport_state()) if asynchronous else busy.session.export_state()
+
+    with ThreadPoolExecutor(1) as pool:
+        exporting = pool.submit(export)
+        while not busy.worker._service.transfers and not busy.worker._channel.has_controls:
+            pass
+        busy.session.close()
+        with pytest.raises(GenerationCancelled):
+            exporting.result(10)
 
 
 def test_a_closed_or_empty_session_exports_nothing(opened: Callable[..., LlamaWorker]):

@@ -94,7 +94,7 @@ class Desk:
         `prepare` makes another job of it than `request` alone does.
         """
         with self._observe(request) as record:
-            job = _prepared(self._view_until(deadline, request.timeout, cancel), request, prepare)
+            job = _prepared(self.view_until(deadline, request.timeout, cancel), request, prepare)
             self._admission.put(Generate(job=job, sink=sink, cancel=cancel, deadline=deadline, record=record))
 
     async def asubmit(
@@ -116,7 +116,7 @@ class Desk:
         answer: Future[Vectors] = Future()
         try:
             with self._observe(request) as record:
-                job = self._view_until(deadline, request.timeout, cancel).prepare_embedding(request)
+                job = self.view_until(deadline, request.timeout, cancel).prepare_embedding(request)
                 self._admission.put(Embed(job=job, answer=answer, cancel=cancel, deadline=deadline, record=record))
             return _wait(answer, cancel, deadline)
         finally:
@@ -150,7 +150,7 @@ class Desk:
         try:
             if not self.published.first.done():  # the preparer has others to serve, a reload among them
                 await self.published.shown(seconds_left(deadline), cancel)
-            task = self._preparer.submit(lambda: prepare(self._view_until(deadline, timeout)))
+            task = self._preparer.submit(lambda: prepare(self.view_until(deadline, timeout)))
             return await asyncio.wait_for(asyncio.wrap_future(task), seconds_left(deadline))
         except TimeoutError:
             raise DeadlineExceeded(timeout) from None
@@ -158,7 +158,8 @@ class Desk:
             closed = self.published.why_closed()
         raise closed  # here, where no context replaces its cause
 
-    def _view_until(self, deadline: float | None, timeout: float | None, cancel: CancelFlag | None = None) -> ModelView:
+    def view_until(self, deadline: float | None, timeout: float | None, cancel: CancelFlag | None = None) -> ModelView:
+        """As `view`. Raises DeadlineExceeded, and GenerationCancelled when `cancel` is set during the first load."""
         view = self.published.view(seconds_left(deadline), cancel)
         if view is None:
             raise DeadlineExceeded(timeout)

@@ -9,7 +9,6 @@ of it can be lost to others: what was evicted is restored or computed again by w
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
+from llama_worker._awaited import aawaited, awaited
 from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._cancel import CancelFlag, CancelScope
 from llama_worker._desk import Desk
@@ -201,36 +201,43 @@ class Session:
 
     # -- as bytes -----------------------------------------------------------------------------------
 
-    def export_state(self) -> bytes:
+    def export_state(self, *, timeout: float | None = None) -> bytes:
         """The session as bytes, with its messages and the KV that there is of its tokens, for `import_state`. Blocks.
 
-        It waits for an idle slot, and reads the model's file once in a process. Raises ManifestMismatchError after a
-        reload to another model, OSError, WorkerClosed.
+        It waits for an idle slot, and reads the model's file once in a process: that must still be where it was
+        loaded from. Raises ManifestMismatchError after a reload to another model, ModelNotFoundError, OSError.
         """
         held = self._checked(self._calls.holding)
-        return exported(self._transfer, self._desk.view(), held, self._calls.today).result()
+        cancel, deadline = self._limits(timeout)
+        view = self._desk.view_until(deadline, timeout, cancel)
+        return awaited(exported(self._transfer, view, held, self._calls.today), cancel, deadline, timeout)
 
-    async def aexport_state(self) -> bytes:
+    async def aexport_state(self, *, timeout: float | None = None) -> bytes:
         """The async twin of `export_state`."""
         held = self._checked(self._calls.holding)
-        view = await self._desk.prepared(_itself, None, None)
-        return await asyncio.wrap_future(exported(self._transfer, view, held, self._calls.today))
+        cancel, deadline = self._limits(timeout)
+        view = await self._desk.prepared(_itself, deadline, timeout, cancel)
+        return await aawaited(exported(self._transfer, view, held, self._calls.today), cancel, deadline, timeout)
 
-    def import_state(self, data: bytes) -> int:
+    def import_state(self, data: bytes, *, timeout: float | None = None) -> int:
         """Hold what another session exported, here or in another process, in place of what this one holds. Blocks.
 
         Returns of how many tokens the KV came along; the others are computed when they are needed. All is checked
         before anything is changed: raises StateError for what is damaged or none, ManifestMismatchError for another
-        model, template, kind of KV cache or adapters, ContextOverflowError for what does not fit here.
+        model, template, kind of KV cache or adapters, ContextOverflowError for what does not fit here, and
+        ModelNotFoundError and OSError as `export_state`.
         """
-        return self._imported(*self._checked(partial(self._import, self._desk.view(), data)))
+        cancel, deadline = self._checked(partial(self._limits, timeout))
+        view = self._desk.view_until(deadline, timeout, cancel)
+        state, taken = self._import(view, data)
+        return self._imported(state, awaited(taken, cancel, deadline, timeout))
 
-    async def aimport_state(self, data: bytes) -> int:
+    async def aimport_state(self, data: bytes, *, timeout: float | None = None) -> int:
         """The async twin of `import_state`."""
-        begun = self._desk.prepared(lambda view: self._checked(partial(self._import, view, data)), None, None)
+        cancel, deadline = self._checked(partial(self._limits, timeout))
+        begun = self._desk.prepared(lambda view: self._import(view, data), deadline, timeout, cancel)
         state, taken = await begun
-        await asyncio.wrap_future(taken)
-        return self._imported(state, taken)
+        return self._imported(state, await aawaited(taken, cancel, deadline, timeout))
 
     def close(self) -> None:
         """Cancel what it waits for, and let its prefix be evicted as any other. Idempotent, never blocks."""
@@ -247,8 +254,7 @@ class Session:
     def _import(self, view: ModelView, data: bytes) -> tuple[SessionState, Future[int]]:
         return imported(self._transfer, view, self._calls.asked, data)
 
-    def _imported(self, state: SessionState, taken: Future[int]) -> int:
-        n = taken.result()
+    def _imported(self, state: SessionState, n: int) -> int:
         self._calls.held, self._calls.today = state.held, state.today
         return n
 
@@ -295,7 +301,12 @@ class Session:
         return AsyncEventStream(start, cancel, deadline, owner=self)
 
     def _flag(self, call: Call[Any]) -> tuple[CancelFlag, float | None]:
-        cancel, deadline = self._desk.new_flag(call.request.timeout)
+        return self._limits(call.request.timeout)
+
+    def _limits(self, timeout: float | None) -> tuple[CancelFlag, float | None]:
+        """A flag that `close` sets, and the deadline. Raises InvalidRequestError for a `timeout` that is none."""
+        checked = GenerationRequest(messages=(), timeout=timeout)
+        cancel, deadline = self._desk.new_flag(checked.timeout)
         self._running.add(cancel)
         return cancel, deadline
 

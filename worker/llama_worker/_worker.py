@@ -510,7 +510,8 @@ class LlamaWorker:
         on; requests that have begun finish with the old one. `config.lora_paths` has it too, so a reload that
         changes other fields keeps it.
 
-        Raises LoraLoadError, ConfigError, InsufficientMemoryError; then nothing has changed.
+        Raises LoraLoadError, ConfigError, InsufficientMemoryError, and ModelNotFoundError when the model's own file,
+        which it is held against, is not any more where it was loaded from; then nothing has changed.
         """
         self._change_lora(name, path).answer.result()
 
@@ -599,7 +600,7 @@ class LlamaWorker:
         them, or be opened with that folder as its cache_dir. Returns how many prefixes there are. Blocks; running
         requests wait while states are copied, not while they are written; the model's file is read once for its digest.
         Raises InvalidRequestError without a folder, OSError, UnsupportedFeatureError for a model without states,
-        and what `info` raises.
+        ModelNotFoundError when its file is not any more where it was loaded from, and what `info` raises.
         """
         return self._transfer.export_cache(self._view(), folder).result()
 
