@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from llama_worker import ToolSpec
 from llama_worker._constraint.anything import DEEPEST
 from llama_worker._events import InvalidToolCall
 from tests.chat.formats import SYNTAXES, format_with
 from tests.chat.parsing import ended, parser, run
-from tests.constraint.walks import PROOF, accepted, constraint, fits, json_constraint, reply, request
+from tests.constraint.walks import PROOF, VOCABULARY, accepted, constraint, fits, json_constraint, reply, request
 
 OPEN: dict[str, dict[str, Any]] = {
     "a parameter of any kind": {"properties": {"p": {}}, "required": ["p"]},
@@ -35,10 +36,12 @@ OPEN: dict[str, dict[str, Any]] = {
 SEEDS = range(20 if PROOF else 3)
 
 
-def likes(*bytes_: str) -> Callable[[int], float]:
-    """A model that would always like to say one of these."""
-    liked = set("".join(bytes_).encode())
-    return lambda token: 30.0 if token in liked else 10.0 if token in b'"}],: ' or token > 255 else 0.5
+def likes(*bytes_: str) -> NDArray[np.float64]:
+    """The weights of a model that would always like to say one of these."""
+    weights = np.full(len(VOCABULARY.pieces), 0.5)
+    weights[[*b'"}],: ', *range(256, len(weights))]] = 10.0
+    weights[[*"".join(bytes_).encode()]] = 30.0
+    return weights
 
 
 WISHES = {"digits": likes("0123456789eE+"), "levels": likes("[{"), "few keys": likes('a",:{')}
@@ -53,7 +56,7 @@ def test_call_that_must_be_made_is_valid_whatever_the_model_likes_to_say(syntax:
     format = replace(format_with(SYNTAXES[syntax]), reasoning=None)
     for seed in SEEDS:
         made = constraint(asked, format)
-        said = reply(made, seed, most=600, weigh=WISHES[wish])
+        said = reply(made, seed, most=600, weights=WISHES[wish])
         if said is None:  # it has not come to an end: no call
             continue
         (call,) = ended(run(parser(format, tools=(tool,)), [said]))
