@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llama_worker import (
+    ConfigError,
     InvalidRequestError,
     LlamaWorker,
     Message,
@@ -224,6 +225,40 @@ def test_the_config_names_the_folder(tmp_path: Path):
         worker.generate(WORDS, max_tokens=16)
         assert worker.export_cache() == 1
     assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_an_export_to_the_own_folder_keeps_to_its_budget_and_replaces_what_it_leads_to(tmp_path: Path):
+    folder = tmp_path / "kept"
+    with fake_worker("hi there " * 10, cache_dir=str(folder), cache_disk=1, n_ctx=16384, n_parallel=2) as worker:
+        history = conversation(0)
+        for _ in range(3):
+            reply = worker.generate(history)
+            history += [Message(role="assistant", content=reply.text), Message(role="user", content="more " * 100)]
+            assert worker.export_cache(folder / ".." / "kept") == 1
+            assert len(list(folder.iterdir())) == 1
+        for i in range(8):
+            worker.generate([Message(role="user", content=f"{i} " + "another " * 1500)])
+            there = worker.export_cache()
+            assert there == len(list(folder.iterdir()))
+            assert sum(path.stat().st_size for path in folder.iterdir()) <= 1 << 20
+        assert 2 <= there < 9
+
+
+def test_a_folder_is_where_it_was_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever the process goes, home or as a Path."""
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    worker = fake_worker(cache_dir=Path("kept"))
+    assert worker.config.cache_dir == ModelConfig(model="m", cache_dir="~/kept").cache_dir == str(tmp_path / "kept")
+    worker.generate(WORDS, max_tokens=16)
+    monkeypatch.chdir(tmp_path / "later")
+    worker.close()
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert list((tmp_path / "later").iterdir()) == []
+    for wrong in ("", b"kept", 5):
+        with pytest.raises(ConfigError, match="cache_dir"):
+            ModelConfig(model="m", cache_dir=wrong)  # type: ignore[arg-type]
 
 
 def test_without_a_folder_it_is_asked_for(worker: LlamaWorker):

@@ -573,6 +573,7 @@ class Wanting:
     tokens: Any
     kv: KVIdentity = BASE
     asked_disk: bool = False
+    disk_until: float | None = None
 
 
 @dataclass
@@ -643,6 +644,26 @@ def test_a_disk_that_does_not_answer_is_not_waited_for():
     assert not disk.is_awaited(one, held(0))
     assert disk.take(one) is None
     assert not disk.is_awaited(one, held(0))
+
+
+def test_whoever_else_waits_nobody_waits_longer():
+    """For a disk that hangs, nor for one that is slow with what others want."""
+    shelf, clock = Shelf([stored(run_of(5000 * i, 300)) for i in range(4)]), Hand()
+    disk, waiting = tier(shelf, clock), [wanting(run_of(5000 * i, 400)) for i in range(4)]
+    one, two, three, late = waiting
+    assert [disk.is_awaited(each, held(0)) for each in (one, two, three)] == [True] * 3
+    clock.now = PATIENCE - 0.1
+    shelf.readings[0].is_done = True
+    assert not disk.is_awaited(one, held(0))
+    disk.take(one)
+    assert [disk.is_awaited(each, held(0)) for each in (two, three, late)] == [True] * 3
+    clock.now = PATIENCE
+    assert [disk.is_awaited(each, held(0)) for each in (two, three, late)] == [False] * 3, "it hangs"
+    assert not disk.is_reading
+    assert len(shelf.readings) == 2
+    shelf.readings[1].is_done = True
+    assert disk.is_awaited(wanting(run_of(0, 400)), held(0)), "it answers again"
+    assert len(shelf.readings) == 3
 
 
 def test_a_folder_that_does_not_open_is_not_waited_for():

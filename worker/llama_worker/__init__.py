@@ -17,7 +17,7 @@ The house, from the outside in:
                    what it decides with
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
     _ram_tier      what was evicted, kept as bytes where that pays, says _thrift; _disk_tier beneath it, over _disk and
-                   _disk_store; _disk_line: what waits to be written
+                   _disk_store; _disk_line: what waits to be written, _superseding: what then is needless
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams

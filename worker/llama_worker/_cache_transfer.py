@@ -23,6 +23,7 @@ from llama_worker._identity import BASE, KVIdentity
 from llama_worker._other_load import OtherLoad, mark_of
 from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker._saved_prefix import SavedPrefix
+from llama_worker._superseding import supersede
 from llama_worker._tokens import TokenIds
 from llama_worker._view import ModelView
 
@@ -144,7 +145,7 @@ def _folder(view: ModelView, folder: str | Path | None) -> Path:
         raise InvalidRequestError("folder", None, "give one, or open the model with cache_dir")
     if not isinstance(chosen, str | os.PathLike):
         raise InvalidRequestError("folder", type(chosen).__name__, "give a path")
-    return Path(chosen).expanduser()
+    return Path(chosen).expanduser().absolute()
 
 
 def _require_states(view: ModelView) -> None:
@@ -153,8 +154,18 @@ def _require_states(view: ModelView) -> None:
 
 
 def _write(folder: Path, view: ModelView, entries: tuple[Entry, ...]) -> int:
-    store = DiskStore(folder, fingerprint_of(view))
-    return sum(store.write(saved_prefix(entry, store.fingerprint)) for entry in entries)
+    """Also into the model's own folder as that is written to: within its budget, nothing that a longer one holds."""
+    config, names = view.config, set[str]()
+    is_own = config.cache_dir is not None and folder.resolve() == Path(config.cache_dir).resolve()
+    store = DiskStore(folder, fingerprint_of(view), config.cache_disk << 20 if is_own else None)
+    store.look()
+    for entry in entries:
+        saved = saved_prefix(entry, store.fingerprint)
+        if store.write(saved):
+            supersede(store, entry, can_trim=view.limits.can_trim_restored)
+            names.add(store.name_of(saved))
+    store.look()
+    return len(names & {shelved.name for shelved in store.index})
 
 
 def _read(folder: Path, view: ModelView, *, must_be: bool) -> tuple[Entry, ...]:

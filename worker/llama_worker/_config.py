@@ -98,7 +98,7 @@ class ModelConfig(Settings):
     `cache_ram`: MiB of RAM for saved states: of sequences that had to make room for others, and what models that
     cannot trim go back to. 0: none are saved.
     `cache_dir`: a folder that keeps such states beyond the process, for whoever opens the same model with the same
-    settings; None: nothing leaves RAM. `cache_disk`: MiB that the folder may hold.
+    settings (a path; kept as an absolute one); None: nothing leaves RAM. `cache_disk`: MiB that the folder may hold.
     `n_threads`: CPU threads (default: physical cores that this process may use).
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `speculation`: whether tokens of a reply are guessed from what its text repeats, and several computed at once;
@@ -142,6 +142,11 @@ class ModelConfig(Settings):
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _wherever_this_process_goes(cls, value: Any) -> Any:
+        return os.path.abspath(os.path.expanduser(os.fspath(value))) if _is_path(value) else value
+
     @field_validator("lora_paths", mode="before")
     @classmethod
     def _lora_pairs(cls, value: Any) -> Any:
@@ -151,6 +156,11 @@ class ModelConfig(Settings):
     @classmethod
     def _distinct_loras(cls, value: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
         return distinct(value)
+
+
+def _is_path(value: Any) -> bool:
+    """Of text, and not empty."""
+    return isinstance(value, str | os.PathLike) and isinstance(name := os.fspath(value), str) and bool(name)
 
 
 def named_pairs(value: Any, read: Callable[[Any], Any]) -> Any:

@@ -75,9 +75,12 @@ def _limits(limits: EngineLimits) -> dict[str, Any]:
     return {**asdict(limits), "state_mark": limits.state_mark.hex()}
 
 
+_PATHS = ("model", "path", "cache_dir")
+
+
 def _model(values: Mapping[str, Any]) -> dict[str, Any]:
     """Names for paths, which say where somebody works and often who they are; a length for the template."""
-    named = {key: _named(value) if key in ("model", "path") else value for key, value in values.items()}
+    named = {key: _named(value) if key in _PATHS and value else value for key, value in values.items()}
     template = values["chat_template"]
     if "lora_paths" in values:
         named["lora_paths"] = [(name, PurePath(path).name) for name, path in values["lora_paths"]]

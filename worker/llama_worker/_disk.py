@@ -18,7 +18,7 @@ from llama_worker._disk_store import DiskStore
 from llama_worker._disk_threads import begin, begin_alone, begin_reading
 from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker._shelved import Shelved
-from llama_worker._tokens import common_prefix
+from llama_worker._superseding import supersede
 from llama_worker._view import ModelView
 
 logger = logging.getLogger("llama_worker")
@@ -45,8 +45,7 @@ class Disk:
     def __init__(self, view: ModelView, folder: str, budget: int, nudge: Callable[[], object]) -> None:
         self.is_opening = True
         self.written = 0
-        self._view, self._folder, self._budget, self._nudge = view, Path(folder).expanduser(), budget, nudge
-        self._can_trim = view.limits.can_trim_restored
+        self._view, self._folder, self._budget, self._nudge = view, Path(folder), budget, nudge
         self._line = max(LEAST_LINE, view.config.cache_ram << 20)
         self._store: DiskStore | None = None
         self._writing: list[Writing] = []
@@ -168,21 +167,13 @@ class Disk:
         try:
             if store.write(saved_prefix(entry, store.fingerprint)):
                 self.written += 1
-                self._supersede(store, entry)
+                supersede(store, entry, can_trim=self._view.limits.can_trim_restored)
             else:
                 self._n_too_large += 1
             self._n_failed += store.look()
         except Exception as exc:  # noqa: BLE001
             self._n_failed += 1
             self._warn(exc)
-
-    def _supersede(self, store: DiskStore, entry: Entry) -> None:
-        """Remove what `entry` leads to as well."""
-        places = {checkpoint.length for checkpoint in entry.checkpoints}
-        for shelved in [shelved for shelved in store.index if shelved.kv == entry.kv]:
-            n = len(shelved.tokens)
-            if n < entry.n and (self._can_trim or n in places) and common_prefix(shelved.tokens, entry.tokens) == n:
-                store.remove(shelved)
 
     def _look(self) -> None:
         self._opened.result()

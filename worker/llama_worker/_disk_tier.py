@@ -4,7 +4,7 @@ The order of search is fixed: a slot, RAM, the disk. A request is held against t
 have a slot: the index is in RAM, so that costs no more than looking through the RAM tier. If the disk leads clearly
 further than the other two, the file is read by a thread of its own, while others are served, and the request waits
 where it is. One file is read at a time, so no more than one state is in memory beyond what was asked for. A disk
-that does not answer in time is not waited for.
+that does not answer in time is not waited for, neither by him nor by others until it answers.
 
 What is written was copied out of the context anyway, to RAM, and goes to the disk when it has to leave it. The rest,
 what slots hold, is copied when the model is let go. Writing is another thread's work; what it cannot take is dropped.
@@ -27,7 +27,7 @@ WORTH_A_SHARE = 8
 """A file is read for at least this part of its tokens: the whole of it has to be read."""
 
 PATIENCE = 5.0
-"""Seconds that a request waits for the disk. A prefill takes as long, where it is worth a file at all."""
+"""Seconds that a request waits for the disk, whoever is before it. A prefill takes as long, if it is worth a file."""
 
 FRESH = 2.0
 """Seconds for which the index need not be brought up to date with what other processes wrote."""
@@ -74,7 +74,6 @@ class DiskHits:
 class _Fetch:
     owner: Generation
     reading: Reading
-    until: float
 
 
 class DiskTier:
@@ -84,6 +83,7 @@ class DiskTier:
         self.hits = DiskHits()
         self._shelf, self._can_trim, self._n_ctx, self._clock = shelf, can_trim, n_ctx, clock
         self._fetch: _Fetch | None = None
+        self._hung: Reading | None = None
         self._opened_by = clock() + PATIENCE
         self._refreshed = clock()
 
@@ -102,8 +102,11 @@ class DiskTier:
         """Whether `generation` should wait for the disk, which leads further than what is `held` already."""
         fetch = self._fetch
         if fetch is not None and fetch.owner is generation:
-            return not fetch.reading.is_done and self._clock() < fetch.until
+            return not fetch.reading.is_done and not self._gives_up(generation, fetch)
         if generation.asked_disk:
+            return False
+        if self._is_late(generation) or self._is_hung:
+            generation.asked_disk = True
             return False
         if self._is_opening:
             return True
@@ -113,9 +116,27 @@ class DiskTier:
             return False
         if fetch is None:
             generation.asked_disk = True
-            self._fetch = _Fetch(generation, self._shelf.read(best), self._clock() + PATIENCE)
+            self._fetch = _Fetch(generation, self._shelf.read(best))
             return not self._fetch.reading.is_done
         return True
+
+    def _is_late(self, generation: Generation) -> bool:
+        if generation.disk_until is None:
+            generation.disk_until = self._clock() + PATIENCE
+        return self._clock() >= generation.disk_until
+
+    def _gives_up(self, generation: Generation, fetch: _Fetch) -> bool:
+        if not self._is_late(generation):
+            return False
+        self._fetch, self._hung = None, fetch.reading
+        return True
+
+    @property
+    def _is_hung(self) -> bool:
+        """Whether somebody waited in vain for what is still being read: the next would stand behind that."""
+        if self._hung is not None and self._hung.is_done:
+            self._hung = None
+        return self._hung is not None
 
     def take(self, generation: Generation) -> Entry | None:
         """What was read for `generation`, which is given a slot now."""

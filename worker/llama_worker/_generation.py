@@ -30,6 +30,7 @@ class Generation:
         "cached",
         "cancel",
         "command",
+        "disk_until",
         "drafter",
         "guide",
         "is_prefill",
@@ -62,6 +63,7 @@ class Generation:
         self.passed_over = 0
         self.started_over = False
         self.asked_disk = False
+        self.disk_until: float | None = None  # when it does without the disk, once that was asked
 
     def __repr__(self) -> str:
         return f"<Generation {self.order}: {self.n_prompt} + {self.n_sampled} tokens, {self.n_left} left>"

@@ -598,7 +598,8 @@ class LlamaWorker:
 
         They stay kept here. A worker with the same model and settings, in this process or another, can `import_cache`
         them, or be opened with that folder as its cache_dir. Returns how many prefixes there are. Blocks; running
-        requests wait while states are copied, not while they are written; the model's file is read once for its digest.
+        requests wait while states are copied, not while they are written, and all copies are in memory until they are;
+        the model's file is read once for its digest. In the model's own cache_dir all files keep to `cache_disk`.
         Raises InvalidRequestError without a folder, OSError, UnsupportedFeatureError for a model without states,
         ModelNotFoundError when its file is not any more where it was loaded from, and what `info` raises.
         """
