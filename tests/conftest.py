@@ -25,6 +25,12 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_f32(smollm2_path: Path, synth_folder: Path) -> Path:
+    """Its weights as F32: 540 MB, written once."""
+    return synth.dequantized(smollm2_path, synth_folder / "smollm2-f32.gguf")
+
+
+@pytest.fixture(scope="session")
 def minilm_path() -> Path:
     return resolve("demo://all-minilm-l6-v2")
 

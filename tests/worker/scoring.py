@@ -17,7 +17,7 @@ from llama_worker._engine.llama import load
 @dataclass(frozen=True, slots=True)
 class Score:
     """Over the tokens of one or several answers, the worst: `difference` of any logit, and `regret`, by how much the
-    emitted token's logit falls short of the best; both as a cold pass sees it."""
+    emitted token's logit falls short of the best that does not end the reply; both as a cold pass sees it."""
 
     difference: float = 0.0
     regret: float = 0.0
@@ -31,11 +31,12 @@ def worst_of(scores: Iterable[Score]) -> Score:
 
 
 class Cold:
-    """An engine that computes every answer from an empty cache. Close it in the end."""
+    """An engine that computes every answer from an empty cache, for requests with `ignore_eos`. Close it in the end."""
 
     def __init__(self, model: Path, **config: object) -> None:
         settings = {"n_ctx": 8192, "n_parallel": 1, "n_threads": 1, **config}
-        self._engine = load(ModelConfig(model=str(model), **settings)).engine  # type: ignore[arg-type]
+        loaded = load(ModelConfig(model=str(model), **settings))  # type: ignore[arg-type]
+        self._engine, self._ends = loaded.engine, list(loaded.vocabulary.end_tokens)
 
     def score(self, prompt: TokenIds, emitted: Sequence[int], logits: Sequence[Floats]) -> Score:
         """`logits[i]` are what `emitted[i]` was sampled from. Looks at the first, the middle one and the last."""
@@ -46,7 +47,7 @@ class Cold:
             cold = self._decoded(tokens[position:end], position)
             position = end
             difference = float(np.abs(cold - logits[i]).max())
-            worst = worst.worse(Score(difference, float(cold.max() - cold[emitted[i]])))
+            worst = worst.worse(Score(difference, float(np.delete(cold, self._ends).max() - cold[emitted[i]])))
         return worst
 
     def _decoded(self, tokens: TokenIds, start: int) -> Floats:

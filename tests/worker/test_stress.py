@@ -30,7 +30,6 @@ from llama_worker import (
 from llama_worker._engine.base import DecodeStatus, Span
 from llama_worker._engine.llama import load
 from llama_worker.testing import assert_well_formed
-from tests.synth import dequantized
 from tests.worker.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -119,13 +118,12 @@ def test_sixty_four_threads_and_four_loops_are_all_answered_rightly(tiny_llama: 
 
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
-def test_the_same_storm_on_smollm2(smollm2_path: Path, tmp_path: Path):
+def test_the_same_storm_on_smollm2(smollm2_f32: Path):
     """Its weights as F32: quantised ones make the kernels round activations, each batch shape in its own way.
 
     That alone is worth 0.3 on this model, far more than the tier allows for.
     """
-    model = dequantized(smollm2_path, tmp_path / "smollm2-f32.gguf")
-    check_storm(ModelConfig(model=str(model), n_ctx=2048, n_parallel=8, n_threads=1), n=N_THREADS * N_EACH)
+    check_storm(ModelConfig(model=str(smollm2_f32), n_ctx=2048, n_parallel=8, n_threads=1), n=N_THREADS * N_EACH)
 
 
 def check_storm(config: ModelConfig, n: int) -> None:

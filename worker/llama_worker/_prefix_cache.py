@@ -61,7 +61,7 @@ _UNKNOWN = np.array([-1], np.int32)
 
 CONTINUED = 5
 """What a prompt continued before is so many times as likely to be continued again. In simulated mixes of conversations
-and single questions over 4 to 8 slots this, times the tokens lost, over the age, left 2 to 11 % fewer tokens to decode
+and single questions over 4 to 8 slots this, times the tokens lost, over the age, left 1 to 10 % fewer tokens to decode
 than giving up what was used longest ago."""
 
 
