@@ -7,6 +7,7 @@ tiny models of each kind of memory. That an error of one token would be seen is 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from llama_worker import inspect_model
+from llama_worker._cache_identity import MOST_NOTES, _note_name, note_content, noted_content
 from llama_worker._disk_threads import begin
 from llama_worker._snapshots import cache_metrics_of
 from tests.worker.disk_speaker import speak
@@ -119,6 +121,33 @@ def test_the_model_is_read_for_its_digest_once(tiny_llama: Path, tmp_path: Path)
     begin(lambda: None).result(60)
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".kv1"]) == 1, "a damaged note is none"
     assert speak(tiny_llama, [TURN], cache_dir=str(tmp_path))[2].disk_hits == 1
+
+
+def test_notes_are_the_owners_and_do_not_pile_up(tiny_llama: Path, tmp_path: Path):
+    """Nobody's file is written to or removed, whatever is put in the way."""
+    model, folder = tmp_path / "model.gguf", tmp_path / "kept"
+    model.write_bytes(tiny_llama.read_bytes())
+    folder.mkdir()
+    others = ["a.model", f"{'0' * 32}.model.backup", f"{'0' * 32}.models"]
+    left = f"{'0' * 32}.model.1-{'0' * 16}.tmp"
+    for name in [*others, left, *[f"{number:032x}.model" for number in range(MOST_NOTES)]]:
+        (folder / name).write_bytes(b"older")
+        os.utime(folder / name, (1, 1))
+    info = inspect_model(str(model))
+    for second in (2, 3):
+        os.utime(model, (second, second))
+        predictable = folder / f"{_note_name(info)}.{os.getpid()}.tmp"
+        (tmp_path / "victim").write_text("precious")
+        predictable.symlink_to(tmp_path / "victim")
+        note_content(info, folder, b"digest")
+        assert noted_content(info, folder) == b"digest"
+        assert (folder / _note_name(info)).stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "victim").read_text() == "precious"
+        predictable.unlink()
+    names = {path.name for path in folder.iterdir()}
+    assert set(others) < names
+    assert left not in names
+    assert len(names) == len(others) + MOST_NOTES
 
 
 def test_an_embedding_model_takes_a_folder_and_leaves_it_alone(tiny_bert: Path, tmp_path: Path):

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import secrets
+import time
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -18,6 +22,11 @@ from llama_worker._view import ModelView
 
 _PIECE: Final = 2**22
 _CHECK: Final = 16
+_OURS: Final = re.compile(r"[0-9a-f]{32}\.model(\.[0-9]+-[0-9a-f]{16}\.tmp)?")
+_STALE: Final = 600.0
+"""Seconds after which nobody writes to an unfinished note any more."""
+MOST_NOTES: Final = 64
+"""In a folder. A model that changes has a new one."""
 
 
 def fingerprint_of(view: ModelView, content: bytes | None = None) -> bytes:
@@ -59,10 +68,31 @@ def note_content(info: ModelInfo, folder: Path, content: bytes) -> None:
     if "://" in info.path:
         return
     path = folder / _note_name(info)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary.write_bytes(content + _check(content))
-    os.replace(temporary, path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content + _check(content))
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sweep(folder, path.name)
+
+
+def _sweep(folder: Path, just_written: str) -> None:
+    """Remove what killed writers left, and the oldest notes where there are many. Raises OSError."""
+    notes = []
+    with os.scandir(folder) as found:
+        for file in found:
+            if _OURS.fullmatch(file.name) and file.is_file(follow_symlinks=False) and file.name != just_written:
+                notes.append((file.stat(follow_symlinks=False).st_mtime, Path(file.path)))
+    notes.sort(reverse=True)
+    finished = [path for _, path in notes if path.suffix == ".model"]
+    unfinished = [path for used, path in notes if path.suffix != ".model" and time.time() - used > _STALE]
+    for path in [*finished[MOST_NOTES - 1 :], *unfinished]:
+        path.unlink(missing_ok=True)
 
 
 def _note_name(info: ModelInfo) -> str:
