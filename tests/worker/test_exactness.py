@@ -172,7 +172,8 @@ def test_cancelled_then_continued_equals_uninterrupted(model: Path, text: str, m
     assert same(continued, cold(model, text)) is (mistake is None)
 
 
-@on_both("when", "decode", "prompt")
+@pytest.mark.parametrize("when", ["prompt", "decode"])
+@pytest.mark.parametrize("model", ["synthesised"], indirect=True)
 def test_an_abort_that_nobody_asked_for_changes_nothing(model: Path, text: str, when: str):
     """The flag may be raised late, for a request that is gone: those in the batch answer as if it had not been."""
     with Run(model, n_ubatch=128) as run:
