@@ -100,6 +100,52 @@ def test_a_prefix_is_found_wherever_it_is(kind: str):
         assert ask(bench, turn).terminal.usage.cached_tokens >= len(WORDS)
 
 
+@pytest.mark.parametrize("cache_ram", [0, 64])
+@pytest.mark.parametrize("n_parallel", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_an_export_of_a_beginning_leaves_the_longer_conversation(kind: str, n_parallel: int, cache_ram: int):
+    bench = opened(kind, n_parallel=n_parallel, cache_ram=cache_ram)
+    system = Message(role="system", content=WORDS)
+    whole = [system, Message(role="user", content="a long question " * 30)]
+    asked = ask(bench, whole)
+    cache = bench.scheduler.cache
+    held = [(slot.n, slot.tokens.view.copy(), [c.length for c in slot.checkpoints]) for slot in cache.slots]
+    begun = bench.request([system, Message(role="user", content="z")]).job.prompt
+    for _ in range(2):
+        (entries,) = told(bench, Export(epoch=1, tokens=begun))
+        cache.check()
+        for slot, (n, tokens, places) in zip(cache.slots, held, strict=True):
+            assert (slot.n, slot.busy, [c.length for c in slot.checkpoints]) == (n, False, places)
+            assert np.array_equal(slot.tokens.view, tokens)
+        if kind == "plain" or cache_ram:
+            assert np.array_equal(entries[0].tokens, begun[: entries[0].n])
+            assert 0 < entries[0].n <= len(begun)
+    turn = [*whole, Message(role="assistant", content=asked.text), Message(role="user", content="and?")]
+    sink = ask(bench, turn)
+    assert sink.text == alone(turn)
+    if kind == "plain":
+        assert sink.terminal.usage.cached_tokens >= asked.terminal.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_an_export_out_of_ram_leaves_what_the_slots_hold(kind: str):
+    bench = opened(kind, n_parallel=1)
+    system = Message(role="system", content=WORDS)
+    asked = ask(bench, [system, Message(role="user", content="a long question " * 30)])
+    ask(bench, conversation(0))
+    cache = bench.scheduler.cache
+    (slot,), (saved,) = cache.slots, cache.tier.entries
+    held = slot.tokens.view.copy()
+    begun = saved.tokens[: asked.terminal.usage.prompt_tokens]
+    (entries,) = told(bench, Export(epoch=1, tokens=begun))
+    cache.check()
+    assert np.array_equal(slot.tokens.view, held)
+    assert cache.tier.entries == [saved]
+    (entry,) = entries
+    assert np.array_equal(entry.tokens, begun[: entry.n])
+    assert ask(bench, conversation(0)).text == alone(conversation(0))
+
+
 def test_nothing_of_others_is_in_an_exported_prefix():
     """The slot goes on with what somebody else said."""
     bench = opened("plain", n_parallel=2)

@@ -26,7 +26,7 @@ books already say that it was done: a decision changes the state it was decided 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -182,6 +182,20 @@ class Loan:
     recalled: Entry | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Aside:
+    """What `slot` holds, while it is used for something else: see `PrefixCache.put_aside`."""
+
+    slot: Slot
+    tokens: TokenIds
+    state: SavedState
+    kv: KVIdentity
+    checkpoints: tuple[Checkpoint, ...]
+    pins: tuple[tuple[Pin, int], ...]
+    continued: bool
+    last_used: int
+
+
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
     """What the cache was asked for and gave up so far. Replaced as a whole: any thread may look."""
@@ -297,16 +311,64 @@ class PrefixCache:
             if slot.pins:
                 slot.pins = [held for held in slot.pins if held[0] is not pin and not held[0].released]
 
-    def borrow(self, tokens: TokenIds, kv: KVIdentity) -> Loan | None:
-        """An idle slot that holds as much of `tokens`, with `kv`, as is kept anywhere; None when hardly any is.
+    def find_longest(self, tokens: TokenIds, kv: KVIdentity) -> tuple[Slot | Entry | None, int]:
+        """What leads to most of `tokens`, with `kv`: a slot or a saved sequence, and to how many; None: hardly any."""
+        slot, length = self.match(_going_on(tokens), kv=kv)
+        entry, saved = self.tier.find(_going_on(tokens), kv)
+        if max(length, saved) < WORTH_SHARING:
+            return None, 0
+        return (entry, saved) if saved > length else (slot, length)
 
-        As `lend`, but all of `tokens` may be held, and nobody counts it: nothing is going to be decoded.
+    def lend_copy(self, source: Slot | Entry, length: int) -> Loan | None:
+        """An empty slot that gets the first `length` tokens of `source`; None without one, or without cells for it.
+
+        `source` stays as it is. Nobody counts it: nothing is going to be decoded.
         """
-        if self.kept_of(_going_on(tokens), kv) < WORTH_SHARING:
+        target = next((slot for slot in self.slots if not slot.busy and not slot.n), None)
+        if target is None:
             return None
-        loan = self._loan(_going_on(tokens), None, kv)
-        loan.slot.kv = kv
+        if isinstance(source, Entry):
+            loan = self._recall(source, length) if source.n <= self.cells.free else None
+        else:
+            loan = self._share(source, target, length) if self._can_share or self._needs_checkpoints else None
+        if loan is not None:
+            loan.slot.kv = source.kv
         return loan
+
+    def put_aside(self, source: Slot | Entry, state: Callable[[Slot], SavedState | None]) -> Aside | None:
+        """An idle slot that may be used for a while and then `put_back`, saved whole by `state`: `source` if it is one.
+
+        None where it could not come back as it was.
+        """
+        slot = source if isinstance(source, Slot) and not source.busy else self._cheapest_idle()
+        if slot is None or not self._can_come_back or slot.n > self.cells.free + self._own_cells(slot):
+            return None
+        saved = state(slot)
+        if saved is None:
+            return None
+        self.checkpoints.hold(slot.checkpoints)
+        checkpoints, pins = tuple(slot.checkpoints), tuple(slot.pins)
+        return Aside(slot, slot.tokens.view.copy(), saved, slot.kv, checkpoints, pins, slot.continued, slot.last_used)
+
+    @property
+    def _can_come_back(self) -> bool:
+        """Whether a sequence that was restored can all that it could before."""
+        return self._can_trim_restored or not self._can_trim
+
+    def cut(self, slot: Slot, length: int) -> KVOp:
+        """Let `slot` hold its first `length` tokens, as many as `find_longest` said, and no more."""
+        return self._go_back(slot, length)
+
+    def put_back(self, aside: Aside) -> tuple[KVOp, ...]:
+        """Let the slot hold again what it did."""
+        slot = aside.slot
+        clear = self.forget(slot)
+        slot.kv, slot.continued, slot.last_used = aside.kv, aside.continued, aside.last_used
+        self.extend(slot, aside.tokens)
+        slot.checkpoints.extend(aside.checkpoints)  # held since they were put aside
+        slot.firm = 0 if self._can_trim_restored else slot.n
+        slot.pins = list(aside.pins)
+        return clear, Restore(slot.seq, slot.n, aside.state)
 
     def take_in(self, entry: Entry) -> tuple[KVOp, ...] | None:
         """Keep an `entry` that comes from outside: in the tier, or in an idle slot where the tier is too small.

@@ -16,7 +16,7 @@ from llama_worker._errors import copy_of
 from llama_worker._identity import KVIdentity
 from llama_worker._kv_ops import apply
 from llama_worker._other_load import OtherLoad, mark_of
-from llama_worker._prefix_cache import Slot
+from llama_worker._prefix_cache import NEARLY_WHOLE, Slot
 from llama_worker._ram_tier import WORTH_SAVING, Entry
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Loaded, Service
@@ -117,18 +117,55 @@ def _holds(slot: Slot, tokens: TokenIds, kv: KVIdentity) -> bool:
 
 
 def _longest(loaded: Loaded, command: Export) -> Iterator[Entry]:
+    """As much of the tokens as is kept anywhere, and nothing behind them; who is asked keeps what he has."""
     assert command.tokens is not None
     cache = loaded.scheduler.cache
-    loan = cache.borrow(command.tokens, command.kv)
-    if loan is None:
+    source, length = cache.find_longest(command.tokens, command.kv)
+    if source is None:
         return
+    if source.n == length:
+        entry = _copied(loaded, source) if isinstance(source, Slot) else source
+    else:
+        entry = _beside(loaded, source, length) or _in_between(loaded, source, length)
+    if entry is not None:
+        yield entry
+
+
+def _beside(loaded: Loaded, source: Slot | Entry, length: int) -> Entry | None:
+    """The first `length` tokens of `source`, from an empty slot; None where there is none."""
+    cache = loaded.scheduler.cache
+    loan = cache.lend_copy(source, length)
+    if loan is None:
+        return None
     try:
         apply(loaded, loan.ops)
         entry = _copied(loaded, loan.slot) if loan.slot.n else None
+        apply(loaded, [cache.forget(loan.slot)])
     finally:
         cache.give_back(loan.slot)
-    if entry is not None:
-        yield entry
+    return entry
+
+
+def _in_between(loaded: Loaded, source: Slot | Entry, length: int) -> Entry | None:
+    """The same from a slot that is saved whole and gets back what it held.
+
+    Where it could not, it gives up a short tail, which is soon decoded again; None if that is not enough.
+    """
+    cache = loaded.scheduler.cache
+    aside = cache.put_aside(source, lambda slot: None if (kept := _copied(loaded, slot)) is None else kept.state)
+    if aside is None:
+        if not isinstance(source, Slot) or source.busy or source.n - length > NEARLY_WHOLE:
+            return None
+        apply(loaded, [cache.cut(source, length)])
+        return _copied(loaded, source) if source.n else None
+    if aside.slot is source:
+        apply(loaded, [cache.cut(aside.slot, length)])
+        entry = _copied(loaded, aside.slot) if aside.slot.n else None
+    else:
+        apply(loaded, [cache.forget(aside.slot)])
+        entry = _beside(loaded, source, length)
+    apply(loaded, cache.put_back(aside))
+    return entry
 
 
 def _copied(loaded: Loaded, slot: Slot) -> Entry | None:
