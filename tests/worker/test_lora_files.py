@@ -89,6 +89,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "three dimensions": ({"change": put(Q, (2, 4, 128), (2, 128, 4))}, "do not fit"),
     "four dimensions": ({"change": put(Q, (2, 1, 4, 128), (2, 1, 128, 4))}, "do not fit"),
     "a vector": ({"change": put("blk.0.attn_norm.weight", (4, 128), (128, 4))}, "do not fit"),
+    "norms alone": ({"matrices": (), "change": put("blk.0.attn_norm.weight", (4, 128), (1, 4))}, "applies no adapter"),
     "embeddings of another rank": ({"change": put("token_embd.weight", (512, 4), (128, 8))}, "do not fit"),
     "embeddings the other way round": ({"change": put("token_embd.weight", (4, 128), (512, 4))}, "do not fit"),
     "integers": ({"change": integers}, "neither F32"),
@@ -109,6 +110,16 @@ def test_what_is_no_adapter_for_this_model_is_refused(
         worker.add_lora("wrong", path)
     assert not worker.loras
     assert worker.generate("hello", max_tokens=2).usage.completion_tokens
+
+
+def test_what_is_not_applied_beside_what_is_warns(
+    worker: LlamaWorker, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    change = put("blk.0.attn_norm.weight", (4, 128), (1, 4))
+    worker.add_lora("beside", synth_lora.lora(tmp_path / "beside.gguf", tiny_llama, change=change))
+    assert "1 norms or others that llama.cpp does not apply" in caplog.text
+    assert worker.generate("hello", max_tokens=2, loras="beside").usage.completion_tokens
+    worker.remove_lora("beside")
 
 
 def test_a_model_is_no_adapter(worker: LlamaWorker, tiny_llama: Path, minilm_path: Path):

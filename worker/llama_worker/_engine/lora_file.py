@@ -33,6 +33,8 @@ _TYPES: Final = (0, 1, 8, 30)
 _NVFP4: Final = 40  # has scales of its own, beside which llama.cpp asserts that there is no adapter
 _EMBEDDINGS: Final = b"token_embd.weight"
 _OUTPUT: Final = b"output.weight"
+# Of the model's tensors llama.cpp adds adapters to those only that it multiplies with: not to these, by their ends.
+_UNMULTIPLIED: Final = (b"_norm.weight", b".bias", b"conv1d.weight", b".conv.weight", b".ssm_a", b".ssm_d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,11 @@ def _pairs(header: Header, layout: Layout) -> dict[bytes, tuple[Tensor, Tensor]]
             raise _Unfit(f"of the pair for {_shown(name)} one is missing")
     if not halves:
         raise _Unfit("it changes no matrix")
-    if norms:
-        logger.warning("a LoRA adapter also brings %d norms, which llama.cpp does not apply", len(norms))
+    idle = [*norms, *(name for name in halves if name.endswith(_UNMULTIPLIED))]
+    if all(name.endswith(_UNMULTIPLIED) for name in halves):
+        raise _Unfit(f"it changes only what llama.cpp applies no adapter to, {_shown(idle[0])} among it")
+    if idle:
+        logger.warning("a LoRA adapter also changes %d norms or others that llama.cpp does not apply it to", len(idle))
     return {name: (parts[_A], parts[_B]) for name, parts in halves.items()}
 
 
