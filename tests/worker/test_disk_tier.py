@@ -267,6 +267,19 @@ def test_the_line_is_one_for_the_process_and_has_each_file_once(tmp_path: Path):
     bench.shut_down()
 
 
+def test_what_two_workers_would_write_is_in_the_line_once(tmp_path: Path):
+    benches = [with_disk("plain", tmp_path) for _ in range(2)]
+    for bench in benches:
+        ask(bench, conversation(0))
+    with busy_disk():
+        for bench in benches:
+            ask(bench, conversation(1))
+        assert len(line._writing) == 1
+    for bench in benches:
+        assert settled(bench).disk == 1
+        bench.shut_down()
+
+
 def test_several_workers_have_one_line_together(tmp_path: Path):
     benches = [with_disk("plain", tmp_path / f"{i}") for i in range(3)]
     with busy_disk():
