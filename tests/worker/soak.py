@@ -35,6 +35,7 @@ N_THREADS: Final = 16
 N_LOOPS: Final = 4
 N_RELOADS: Final = 100
 SETTLED: Final = 20  # reloads after which nothing may grow
+_WARM_UP: Final = 0.3  # the part of the time before the first reload
 _PATIENCE: Final = 60.0  # seconds after the end of the load in which everybody must be answered
 _OTHER_TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}assistant:"
@@ -129,11 +130,14 @@ class Soak:
         return [Question(prompt, frozenset(counts)) for prompt, counts in of_each], frozenset(widths)
 
     def _reload_all_the_time(self, worker: LlamaWorker) -> None:
-        started, good = time.monotonic(), itertools.cycle(self._models)
+        good = itertools.cycle(self._models)
+        # The heap grows until all kinds of requests have met: that is over before what is counted begins.
+        self._stop.wait(_WARM_UP * self.seconds)
+        started, every = time.monotonic(), (1 - _WARM_UP) * self.seconds / N_RELOADS
         for n in range(1, N_RELOADS + 1):
             self._reload(worker, None if n % 10 == 0 else next(good), overlap=n % 4 == 0)
             self.samples.append((n, worker.config.model, usage()))
-            self._stop.wait(max(0.0, started + n * self.seconds / N_RELOADS - time.monotonic()))
+            self._stop.wait(max(0.0, started + n * every - time.monotonic()))
 
     def _reload(self, worker: LlamaWorker, config: ModelConfig | None, *, overlap: bool) -> None:
         served = worker.config
