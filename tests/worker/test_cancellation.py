@@ -130,8 +130,7 @@ def test_leaving_closing_and_dropping_a_stream_cancel_its_request():
         next(dropped)
         del dropped
         gc.collect()
-        wait_until(lambda: worker.status().running == 0)
-        assert worker.status().waiting == 0
+        wait_until(lambda: not worker.status().running and not worker.status().waiting)
         assert isinstance(assert_well_formed_tail(left), Finished)
 
 

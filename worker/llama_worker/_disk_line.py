@@ -56,13 +56,15 @@ class Line:
             found = next(self._same(writing), writing)
             if found is writing:
                 self._writing.append(writing)
-            return found
+        if found is writing:
+            writing.done.add_done_callback(self._leave)  # its bytes are not kept for longer than they wait
+        return found
 
     def of(self, folder: Path, fingerprint: bytes) -> list[Writing]:
         """What will be files of this model there."""
         beginning = os.path.join(folder, fingerprint.hex())
         with self._lock:
-            return [writing for writing in self._writing if str(writing.path).startswith(beginning)]
+            return [writing for writing in self._under_way() if str(writing.path).startswith(beginning)]
 
     def flush(self, owner: object, timeout: float) -> None:
         """Wait until everything of `owner` is written, at most `timeout` seconds."""
@@ -70,9 +72,16 @@ class Line:
             done = [writing.done for writing in self._writing if writing.owner == owner]
         wait(done, timeout)
 
-    def _n_bytes(self) -> int:
+    def _leave(self, _done: Future[None]) -> None:
+        with self._lock:
+            self._under_way()
+
+    def _under_way(self) -> list[Writing]:
         self._writing = [writing for writing in self._writing if not writing.done.done()]
-        return sum(writing.entry.n_bytes for writing in self._writing)
+        return self._writing
+
+    def _n_bytes(self) -> int:
+        return sum(writing.entry.n_bytes for writing in self._under_way())
 
     def _same(self, writing: Writing) -> Iterator[Writing]:
         return (other for other in self._writing if writing.path is not None and other.path == writing.path)
