@@ -1,8 +1,8 @@
 """All tests in two processes at once, one for each core of a small machine: `python -m tests.halves [--cov] [ARGS]`.
 
-One process runs the two storms and the adapters, the other all the rest; both get ARGS, which are pytest's. The rest
-is shown as it goes, the first half when it is done, and at the very end what both came to. With `--cov` their coverage
-is combined and the gate is applied.
+One process runs the two storms, the adapters, templates and constraints, the other all the rest; both get ARGS, which
+are pytest's. The rest is shown as it goes, the first half when it is done, and at the very end what both came to. With
+`--cov` their coverage is combined and the gate is applied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import IO, Final
 
 ROOT: Final = Path(__file__).parent.parent
 # Half of the CPU time, in `make test` and in `make proof`. The soak comes first: it measures the memory of its process.
-FIRST: Final = ("tests/worker/test_soak.py", "tests/worker/test_tools_storm.py", "tests/adapters")
+FIRST: Final = (
+    "tests/worker/test_soak.py",
+    "tests/worker/test_tools_storm.py",
+    "tests/adapters",
+    "tests/chat",
+    "tests/constraint",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
