@@ -310,7 +310,7 @@ def test_a_restored_window_is_no_longer_than_it_has_to_be(request: pytest.Fixtur
     assert engine.seq_trim(0, 100)
     engine.seq_restore(1, state, N)
     assert not engine.seq_trim(1, 100)
-    with pytest.raises(ValueError):
+    with pytest.raises(StateError):
         engine.seq_share(1, 2, 100)
     engine.seq_share(1, 2, N)
     assert engine.seq_end(2) == N
