@@ -163,7 +163,7 @@ def test_a_sampler_that_hears_of_drafts_is_found(model: Path, text: str, monkeyp
 
 def test_rows_of_one_span_are_those_of_single_decodes(model: Path, text: str) -> None:
     """The engine's own part of it: the logits of the last rows of a span, and only of those."""
-    engine = load(ModelConfig(model=str(model), n_ctx=4096, **{**EXACT, "n_threads": 1})).engine  # type: ignore[arg-type]
+    engine = load(ModelConfig(model=str(model), n_ctx=4096, speculation="on", **{**EXACT, "n_threads": 1})).engine  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     tokens = rng.integers(10, synth.N_VOCAB, 1200).astype(np.int32)
     for seq in (0, 1):
@@ -182,7 +182,7 @@ def test_rows_of_one_span_are_those_of_single_decodes(model: Path, text: str) ->
 
 
 def test_more_outputs_than_rows_or_room_are_refused(tiny_llama: Path) -> None:
-    engine = load(ModelConfig(model=str(tiny_llama), n_ctx=256, n_parallel=2, n_threads=1)).engine
+    engine = load(ModelConfig(model=str(tiny_llama), n_ctx=256, n_parallel=2, n_threads=1, speculation="on")).engine
     tokens = np.arange(300, 330, dtype=np.int32)
     assert engine.limits.n_outputs == 2 + MOST_DRAFTS
     for span in (Span(0, 0, tokens[:3], 4), Span(0, 0, tokens[:3], -1), Span(0, 0, tokens, 18)):
