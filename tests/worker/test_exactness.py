@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from llama_worker._engine.llama import load
-from llama_worker._prefix_cache import PrefixCache, Slot
+from llama_worker._prefix_cache import PrefixCache
+from llama_worker._slot import Slot
 from llama_worker._tokens import TokenIds
 from tests import synth
 from tests.worker.bench import Bench, ListSink

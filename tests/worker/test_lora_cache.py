@@ -13,7 +13,9 @@ import pytest
 from llama_worker import Finished, Message
 from llama_worker._engine.state import kv_mark
 from llama_worker._identity import BASE, KVIdentity
-from llama_worker._prefix_cache import PrefixCache, Save, Slot
+from llama_worker._prefix_cache import PrefixCache
+from llama_worker._seq_ops import Save
+from llama_worker._slot import Slot
 from llama_worker._snapshots import cache_metrics_of
 from llama_worker._tokens import TokenIds
 from llama_worker.testing import FakeEngine, fake_loader

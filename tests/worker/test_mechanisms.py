@@ -18,7 +18,7 @@ import pytest
 
 from llama_worker._commands import Generate
 from llama_worker._kv_ops import apply
-from llama_worker._prefix_cache import Restore, Share
+from llama_worker._seq_ops import Restore, Share
 from llama_worker._tokens import TokenIds
 from tests.worker.bench import ListSink
 from tests.worker.probe import Mistake

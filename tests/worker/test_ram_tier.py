@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llama_worker import Message
 from llama_worker._checkpoints import Checkpoint, Checkpoints
 from llama_worker._engine.base import StateError
-from llama_worker._prefix_cache import Clear, PrefixCache, Restore, Save, Trim
+from llama_worker._prefix_cache import PrefixCache
 from llama_worker._ram_tier import WORTH_SAVING, RamTier
+from llama_worker._seq_ops import Clear, Restore, Save, Trim
 from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import Fault
 from tests.worker.test_checkpoints import MODELS, Run, user

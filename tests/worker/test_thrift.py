@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llama_worker._prefix_cache import PrefixCache, Save
+from llama_worker._prefix_cache import PrefixCache
+from llama_worker._seq_ops import Save
 from llama_worker._thrift import PROBE, Thrift
 from tests.worker.test_prefix_cache import fill, ids, run_of, serve
 from tests.worker.test_ram_tier import books, carry_out

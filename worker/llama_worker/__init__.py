@@ -13,8 +13,9 @@ The house, from the outside in:
     _service       what that thread works with
     _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
-    _scheduler     who is served next; _generation, _prefix_cache (with _cells), _pace and _foresight are
-                   what it decides with
+    _scheduler     who is served next; _generation, _prefix_cache, _pace and _foresight are what it decides with
+    _prefix_cache  which _slot holds which tokens and what to start from, by the count of _cells; what that asks of the
+                   engine is said in _seq_ops
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
     _ram_tier      what was evicted, kept as bytes where that pays, says _thrift; _disk_tier beneath it, over _disk and
                    _disk_store; _disk_line: what waits to be written, _superseding: what then is needless

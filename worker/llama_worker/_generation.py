@@ -13,8 +13,8 @@ from llama_worker._commands import Generate
 from llama_worker._engine.base import Sampler, Vocabulary
 from llama_worker._errors import InvalidOutputError
 from llama_worker._events import Failed, Finished, FinishReason, TokenLogprob, Usage, reply_of
-from llama_worker._prefix_cache import Slot
 from llama_worker._reply import ReplyPipeline
+from llama_worker._slot import Slot
 from llama_worker._speculation import Drafter
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
 

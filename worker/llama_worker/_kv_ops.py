@@ -14,8 +14,8 @@ from typing import assert_never
 from llama_worker._engine.base import StateError
 from llama_worker._engine.state import kv_mark
 from llama_worker._generation import Generation
-from llama_worker._prefix_cache import Clear, KVOp, Restore, Save, Share, Trim
 from llama_worker._scheduler import Batch
+from llama_worker._seq_ops import Clear, KVOp, Restore, Save, Share, Trim
 from llama_worker._service import Loaded
 
 logger = logging.getLogger("llama_worker")

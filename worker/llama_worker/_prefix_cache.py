@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 
@@ -46,7 +45,9 @@ from llama_worker._engine.base import SavedState
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._pins import Pin
 from llama_worker._ram_tier import WORTH_SAVING, Entry, RamTier
-from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
+from llama_worker._seq_ops import Clear, KVOp, Restore, Save, Share, Trim
+from llama_worker._slot import Slot
+from llama_worker._tokens import TokenIds, common_prefix
 
 NEARLY_WHOLE = 32
 """An idle slot that loses at most this many tokens is taken over rather than shared: keeping so short a
@@ -63,110 +64,6 @@ CONTINUED = 5
 """What a prompt continued before is so many times as likely to be continued again. In simulated mixes of conversations
 and single questions over 4 to 8 slots this, times the tokens lost, over the age, left 1 to 10 % fewer tokens to decode
 than giving up what was used longest ago."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """Forget sequence `seq`."""
-
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Trim:
-    """Keep the first `length` tokens of `seq`."""
-
-    seq: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Let the empty `target` hold the first `length` tokens of `source`."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Restore:
-    """Let `seq` hold the `length` tokens that `state` was saved of: its own first ones, if the state is partial.
-
-    With `donor`, to that sequence's first tokens, whose cells the empty `seq` shares from now on. It may fail:
-    then `seq` is empty, and the cache has to be told (`lost`).
-    """
-
-    seq: int
-    length: int
-    state: SavedState
-    donor: int | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Save:
-    """Keep what `seq` holds, these `tokens` with their `checkpoints`, before it is gone. It may fail.
-
-    `continued`: whether a prompt had taken the sequence over before; None when it is sure to come back.
-    """
-
-    seq: int
-    tokens: TokenIds
-    checkpoints: tuple[Checkpoint, ...]
-    kv: KVIdentity
-    continued: bool | None = None
-
-
-KVOp: TypeAlias = Clear | Trim | Share | Restore | Save
-
-
-class Slot:
-    """One sequence and the tokens that it holds. `busy` while a generation has it.
-
-    `checkpoints`, in order, are places in these tokens that the sequence can go back to. It cannot be trimmed to
-    less than `firm` tokens: of what was restored, a window may be there only as far as it was needed.
-    `kv`: what its tokens were computed with; of no meaning while it is empty. `session` used it last; `pins` say how
-    many of its first tokens whose sessions want to be kept. `continued`: a prompt took over what it holds.
-    """
-
-    __slots__ = (
-        "busy",
-        "cells",
-        "checkpoints",
-        "continued",
-        "firm",
-        "kv",
-        "last_used",
-        "pins",
-        "seq",
-        "session",
-        "tokens",
-    )
-
-    def __init__(self, seq: int) -> None:
-        self.seq = seq
-        self.tokens = TokenBuffer()
-        self.cells = TokenBuffer()
-        self.checkpoints: list[Checkpoint] = []
-        self.firm = 0
-        self.kv = BASE
-        self.busy = False
-        self.last_used = 0
-        self.session: str | None = None
-        self.pins: list[tuple[Pin, int]] = []
-        self.continued = False
-
-    @property
-    def n(self) -> int:
-        return self.tokens.n
-
-    @property
-    def pinned(self) -> int:
-        """How many of its first tokens some session wants to be kept."""
-        return max((length for pin, length in self.pins if not pin.released), default=0)
-
-    def __repr__(self) -> str:
-        return f"<Slot {self.seq}: {self.n} tokens, {'busy' if self.busy else 'idle'}>"
 
 
 @dataclass(frozen=True, slots=True)
