@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from llama_worker._models import resolve
 from tests import synth
+
+
+def pytest_sessionstart() -> None:
+    """Sync methods of LlamaIndex open an event loop in the main thread, and leave it open, unless told there is none."""
+    asyncio.set_event_loop(None)
 
 
 def pytest_sessionfinish() -> None:
