@@ -158,6 +158,11 @@ class ModelConfig(Settings):
         return distinct(value)
 
 
+def as_model_config(config: ModelConfig | str) -> ModelConfig:
+    """A path alone is the configuration that says no more than this."""
+    return ModelConfig(model=config) if isinstance(config, str) else config
+
+
 def _is_path(value: Any) -> bool:
     """Of text, and not empty."""
     return isinstance(value, str | os.PathLike) and isinstance(name := os.fspath(value), str) and bool(name)

@@ -81,6 +81,10 @@ class Desk:
         assert view is not None
         return view
 
+    async def aview(self) -> ModelView:
+        """The async twin of `view`."""
+        return await self.aview_until(None, None)
+
     def submit(
         self,
         request: GenerationRequest,
@@ -164,6 +168,12 @@ class Desk:
         if view is None:
             raise DeadlineExceeded(timeout)
         return view
+
+    async def aview_until(
+        self, deadline: float | None, timeout: float | None, cancel: CancelFlag | None = None
+    ) -> ModelView:
+        """The async twin of `view_until`."""
+        return await self.prepared(lambda view: view, deadline, timeout, cancel)
 
 
 def _prepared(view: ModelView, request: GenerationRequest, prepare: Prepare | None) -> GenerationJob:

@@ -216,7 +216,7 @@ class Session:
         """The async twin of `export_state`."""
         held = self._checked(self._calls.holding)
         cancel, deadline = self._limits(timeout)
-        view = await self._desk.prepared(_itself, deadline, timeout, cancel)
+        view = await self._desk.aview_until(deadline, timeout, cancel)
         return await aawaited(exported(self._transfer, view, held, self._calls.today), cancel, deadline, timeout)
 
     def import_state(self, data: bytes, *, timeout: float | None = None) -> int:
@@ -309,7 +309,3 @@ class Session:
         cancel, deadline = self._desk.new_flag(checked.timeout)
         self._running.add(cancel)
         return cancel, deadline
-
-
-def _itself(view: ModelView) -> ModelView:
-    return view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from llama_worker._disk_tier import DiskHits
 from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._metrics import Answered, CacheMetrics, Drafts, Metrics, Work
 from llama_worker._service import Service
+from llama_worker._view import ModelView
 
 
 def metrics_of(service: Service) -> Metrics:
@@ -82,6 +84,11 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
 def lora_metrics_of(service: Service) -> dict[str, LoraMetrics]:
     loaded = service.loaded
     return service.loras.snapshot({} if loaded is None else loaded.view.loras)
+
+
+def name_of(service: Service, view: ModelView | None) -> str:
+    """The model's, without its path; `view` is what callers are shown of it now."""
+    return PurePath(service.config.model).stem if view is None else view.info.name
 
 
 def _fields_of(value: object, kind: type[Any]) -> dict[str, Any]:
