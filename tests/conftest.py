@@ -13,7 +13,7 @@ from tests import synth
 
 
 def pytest_sessionstart() -> None:
-    """Sync methods of LlamaIndex open an event loop in the main thread, and leave it open, unless told there is none."""
+    """Sync methods of LlamaIndex open an event loop in the main thread, and leave it open, unless told of none."""
     asyncio.set_event_loop(None)
 
 
