@@ -25,8 +25,8 @@ from llama_worker import (
     WorkerConfig,
 )
 from llama_worker._commands import Export, Import
+from llama_worker._entry import Entry, entry_of, saved_prefix
 from llama_worker._other_load import OtherLoad
-from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker.testing import Fault, fake_loader, fake_worker
 from tests.worker.test_going_back import alone, opened
 

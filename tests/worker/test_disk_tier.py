@@ -25,9 +25,9 @@ from llama_worker._disk_line import line
 from llama_worker._disk_threads import begin
 from llama_worker._disk_tier import FRESH, PATIENCE, DiskTier
 from llama_worker._engine.base import StateError, TokenIds
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._prefix_cache import PrefixCache
-from llama_worker._ram_tier import WORTH_SAVING, Entry
 from llama_worker._shelved import Shelved
 from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import Fault, fake_loader, fake_worker

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llama_worker import Message
 from llama_worker._checkpoints import Checkpoint, Checkpoints
 from llama_worker._engine.base import StateError
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._prefix_cache import PrefixCache
-from llama_worker._ram_tier import WORTH_SAVING, RamTier
+from llama_worker._ram_tier import RamTier
 from llama_worker._seq_ops import Clear, Restore, Save, Trim
 from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import Fault
@@ -58,8 +59,8 @@ def carry_out(cache: PrefixCache, ops: object) -> list[object]:
 def test_a_beginning_stays_where_its_continuation_cannot_be_cut_to_it(back: bool):
     saved = tier(can_trim=False)
     checkpoints = (Checkpoint(200, state(), 1),) if back else ()
-    saved.put(run_of(0, 200), state(), (), 1)
-    saved.put(run_of(0, 300), state(), checkpoints, 2)
+    saved.put(Entry(run_of(0, 200), state(), (), 1))
+    saved.put(Entry(run_of(0, 300), state(), checkpoints, 2))
     assert saved.find(np.concatenate([run_of(0, 200), run_of(900, 50)]))[1] == 200
     assert len(saved.entries) == (1 if back else 2)
     saved.check()
@@ -68,14 +69,14 @@ def test_a_beginning_stays_where_its_continuation_cannot_be_cut_to_it(back: bool
 @pytest.mark.parametrize("back", [False, True])
 def test_a_beginning_is_saved_where_no_continuation_can_be_cut_to_it(back: bool):
     saved = tier(can_trim=False)
-    saved.put(run_of(0, 300), state(), (Checkpoint(200, state(), 1),) if back else (), 1)
+    saved.put(Entry(run_of(0, 300), state(), (Checkpoint(200, state(), 1),) if back else (), 1))
     assert saved.wants(run_of(0, 200)) is not back
 
 
 def test_the_longest_beginning_is_found():
     saved = tier()
-    saved.put(run_of(0, 200), state(), (), 1)
-    saved.put(np.concatenate([run_of(0, 150), run_of(900, 100)]), state(), (), 2)
+    saved.put(Entry(run_of(0, 200), state(), (), 1))
+    saved.put(Entry(np.concatenate([run_of(0, 150), run_of(900, 100)]), state(), (), 2))
     entry, length = saved.find(np.concatenate([run_of(0, 150), run_of(900, 60), ids(7)]))
     assert (entry, length) == (saved.entries[1], 210)
     assert saved.find(run_of(0, 200)) == (saved.entries[0], 199)
@@ -84,18 +85,18 @@ def test_the_longest_beginning_is_found():
 
 def test_what_cannot_be_trimmed_is_found_whole_or_at_a_checkpoint():
     saved = tier(can_trim=False)
-    saved.put(run_of(0, 200), state(), (Checkpoint(80, state(), 1), Checkpoint(160, state(), 1)), 1)
+    saved.put(Entry(run_of(0, 200), state(), (Checkpoint(80, state(), 1), Checkpoint(160, state(), 1)), 1))
     lengths = [saved.find(np.concatenate([run_of(0, common), ids(7, 8)]))[1] for common in (79, 80, 159, 160, 199, 200)]
     assert lengths == [0, 80, 80, 160, 160, 200]
 
 
 def test_a_longer_sequence_replaces_what_is_a_beginning_of_it():
     saved = tier()
-    saved.put(run_of(0, 200), state(), (), 1)
+    saved.put(Entry(run_of(0, 200), state(), (), 1))
     assert not saved.wants(run_of(0, 200))
     assert not saved.wants(run_of(0, 150))
     assert saved.wants(run_of(0, 201))
-    saved.put(run_of(0, 300), state(), (), 2)
+    saved.put(Entry(run_of(0, 300), state(), (), 2))
     assert [entry.n for entry in saved.entries] == [300]
     saved.check()
 
@@ -103,7 +104,7 @@ def test_a_longer_sequence_replaces_what_is_a_beginning_of_it():
 def test_the_oldest_make_room():
     saved = tier(4000)
     for now in range(5):
-        saved.put(run_of(1000 * now, 200), state(500), (), now)
+        saved.put(Entry(run_of(1000 * now, 200), state(500), (), now))
         saved.check()
     assert [int(entry.tokens[0]) for entry in saved.entries] == [2000, 3000, 4000]
     assert saved.counts.dropped == 2
@@ -112,7 +113,7 @@ def test_the_oldest_make_room():
 def test_short_sequences_and_those_that_would_not_fit_are_not_wanted():
     saved = tier(4000)
     assert not saved.wants(run_of(0, WORTH_SAVING - 1))
-    saved.put(run_of(0, 200), state(2000), (), 1)
+    saved.put(Entry(run_of(0, 200), state(2000), (), 1))
     assert not saved.wants(run_of(5000, 1000)), "learnt from the last one: ten bytes a token"
     assert not tier(0).wants(run_of(0, 500))
 
@@ -120,7 +121,7 @@ def test_short_sequences_and_those_that_would_not_fit_are_not_wanted():
 def test_checkpoints_come_first():
     checkpoints = Checkpoints(3000)
     saved = RamTier(3000, checkpoints, can_trim=False)
-    saved.put(run_of(0, 200), state(2000), (), 1)
+    saved.put(Entry(run_of(0, 200), state(2000), (), 1))
     checkpoints.hold([Checkpoint(10, state(500), 1)])
     saved.fit()
     assert saved.entries == []

@@ -17,8 +17,8 @@ The house, from the outside in:
     _prefix_cache  which _slot holds which tokens and what to start from, by the count of _cells; what that asks of the
                    engine is said in _seq_ops
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
-    _ram_tier      what was evicted, kept as bytes where that pays, says _thrift; _disk_tier beneath it, over _disk and
-                   _disk_store; _disk_line: what waits to be written, _superseding: what then is needless
+    _ram_tier      what was evicted, each an _entry of bytes, kept where that pays, says _thrift; _disk_tier beneath it,
+                   over _disk and _disk_store; _disk_line: what waits to be written, _superseding: what is needless then
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams

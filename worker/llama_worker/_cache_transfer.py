@@ -18,10 +18,10 @@ from llama_worker._channel import CommandChannel
 from llama_worker._commands import Export, Import, settle
 from llama_worker._disk_store import DiskStore
 from llama_worker._disk_threads import begin, then
+from llama_worker._entry import Entry, entry_of, saved_prefix
 from llama_worker._errors import InvalidRequestError, StateError, UnsupportedFeatureError
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._other_load import OtherLoad, mark_of
-from llama_worker._ram_tier import Entry, entry_of, saved_prefix
 from llama_worker._saved_prefix import SavedPrefix
 from llama_worker._superseding import supersede
 from llama_worker._tokens import TokenIds

@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from llama_worker._cancel import CancelFlag
 from llama_worker._config import ModelConfig
+from llama_worker._entry import Entry
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, StreamEvent, Terminal, Usage
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._jobs import EmbedJob, GenerationJob
-from llama_worker._ram_tier import Entry
 from llama_worker._record import Answer, Record
 from llama_worker._tokens import TokenIds
 

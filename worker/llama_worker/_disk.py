@@ -16,7 +16,7 @@ from llama_worker._cache_identity import content_of, fingerprint_of, note_conten
 from llama_worker._disk_line import Writing, line
 from llama_worker._disk_store import DiskStore
 from llama_worker._disk_threads import begin, begin_alone, begin_reading
-from llama_worker._ram_tier import Entry, entry_of, saved_prefix
+from llama_worker._entry import Entry, entry_of, saved_prefix
 from llama_worker._shelved import Shelved
 from llama_worker._superseding import supersede
 from llama_worker._view import ModelView

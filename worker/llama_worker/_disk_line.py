@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Final
 
-from llama_worker._ram_tier import Entry
+from llama_worker._entry import Entry
 from llama_worker._shelved import Shelved
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llama_worker._engine.base import TokenIds
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._generation import Generation
 from llama_worker._identity import KVIdentity
-from llama_worker._ram_tier import WORTH_SAVING, Entry
 from llama_worker._shelved import Shelved
 from llama_worker._tokens import common_prefix
 

@@ -42,9 +42,10 @@ from llama_worker._checkpoints import (
     within,
 )
 from llama_worker._engine.base import SavedState
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._pins import Pin
-from llama_worker._ram_tier import WORTH_SAVING, Entry, RamTier
+from llama_worker._ram_tier import RamTier
 from llama_worker._seq_ops import Clear, KVOp, Restore, Save, Share, Trim
 from llama_worker._slot import Slot
 from llama_worker._tokens import TokenIds, common_prefix
@@ -276,7 +277,8 @@ class PrefixCache:
             return ()
         if self.tier.takes(entry):
             self._tick += 1
-            self.tier.put(entry.tokens, entry.state, entry.checkpoints, self._tick, entry.kv)
+            entry.last_used = self._tick
+            self.tier.put(entry)
             return ()
         loan = self._recall(entry, entry.n) if self.has_idle else None
         if loan is None:
@@ -349,7 +351,7 @@ class PrefixCache:
 
     def keep_saved(self, op: Save, state: SavedState) -> None:
         """`op` was carried out: `state` is what it asked for."""
-        self.tier.put(op.tokens, state, op.checkpoints, self._tick, op.kv, op.continued)
+        self.tier.put(Entry(op.tokens, state, op.checkpoints, self._tick, op.kv, op.continued))
 
     def rewind(self, slot: Slot) -> KVOp:
         """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""

@@ -14,64 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from llama_worker._checkpoints import Checkpoint, Checkpoints, within
-from llama_worker._engine.base import SavedState
+from llama_worker._checkpoints import Checkpoints, within
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._identity import BASE, KVIdentity
-from llama_worker._saved_prefix import SavedPrefix
 from llama_worker._thrift import Thrift
 from llama_worker._tokens import TokenIds, common_prefix
 
-WORTH_SAVING = 128
-"""Fewer tokens are decoded again as quickly."""
-
 MOST = 256
 """Entries: all are looked at for each prompt."""
-
-
-class Entry:
-    """A sequence of `tokens`, whole, computed with `kv`; `checkpoints`, in order, are places in it.
-
-    `continued`: see `Save`.
-    """
-
-    __slots__ = ("checkpoints", "continued", "kv", "last_used", "n_bytes", "n_hits", "state", "tokens")
-
-    def __init__(
-        self,
-        tokens: TokenIds,
-        state: SavedState,
-        checkpoints: tuple[Checkpoint, ...],
-        now: int,
-        kv: KVIdentity = BASE,
-        continued: bool | None = None,
-    ) -> None:
-        self.tokens = tokens
-        self.state = state
-        self.checkpoints = checkpoints
-        self.n_bytes = state.nbytes + tokens.nbytes + sum(checkpoint.state.nbytes for checkpoint in checkpoints)
-        self.last_used = now
-        self.kv = kv
-        self.continued = continued
-        self.n_hits = 0
-
-    @property
-    def n(self) -> int:
-        return len(self.tokens)
-
-    def __repr__(self) -> str:
-        return f"<Entry of {self.n} tokens: {self.n_bytes} bytes>"
-
-
-def saved_prefix(entry: Entry, fingerprint: bytes) -> SavedPrefix:
-    """`entry` as it leaves the process: of the model that `fingerprint` names."""
-    checkpoints = tuple((checkpoint.length, checkpoint.state) for checkpoint in entry.checkpoints)
-    return SavedPrefix(fingerprint, entry.tokens, entry.state, checkpoints, entry.kv)
-
-
-def entry_of(saved: SavedPrefix) -> Entry:
-    """What `saved_prefix` was made of."""
-    checkpoints = tuple(Checkpoint(length, state, 0) for length, state in saved.checkpoints)
-    return Entry(saved.tokens, saved.state, checkpoints, 0, saved.kv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +76,13 @@ class RamTier:
         """Whether `entry` could be kept, be it for all others."""
         return entry.n_bytes <= self.budget
 
-    def put(
-        self,
-        tokens: TokenIds,
-        state: SavedState,
-        checkpoints: tuple[Checkpoint, ...],
-        now: int,
-        kv: KVIdentity = BASE,
-        continued: bool | None = None,
-    ) -> None:
-        """Keep a sequence. A beginning of it that it leads back to is here no longer; the oldest make room."""
-        entry = Entry(tokens, state, checkpoints, now, kv, continued)
-        self._bytes_of_token = state.nbytes / len(tokens)
+    def put(self, entry: Entry) -> None:
+        """Keep `entry`. A beginning of it that it leads back to is here no longer; the oldest make room."""
+        self._bytes_of_token = entry.state.nbytes / entry.n
         if not self.takes(entry):
             self._gone(entry)
             return
-        kept = [old for old in self.entries if old.kv != kv or not self._replaces(entry, old.tokens)]
+        kept = [old for old in self.entries if old.kv != entry.kv or not self._replaces(entry, old.tokens)]
         self._keep([*kept, entry])
         self.counts = replace(self.counts, saved=self.counts.saved + 1)
         self.fit()

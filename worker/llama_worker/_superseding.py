@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_worker._disk_store import DiskStore
-from llama_worker._ram_tier import Entry
+from llama_worker._entry import Entry
 from llama_worker._tokens import common_prefix
 
 

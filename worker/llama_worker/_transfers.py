@@ -12,12 +12,12 @@ from llama_worker._commands import Export, Import, Transfer, settle
 from llama_worker._disk import Disk
 from llama_worker._disk_tier import DiskTier
 from llama_worker._engine.base import StateError
+from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._errors import copy_of
 from llama_worker._identity import KVIdentity
 from llama_worker._kv_ops import apply
 from llama_worker._other_load import OtherLoad, mark_of
 from llama_worker._prefix_cache import NEARLY_WHOLE
-from llama_worker._ram_tier import WORTH_SAVING, Entry
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Loaded, Service
 from llama_worker._slot import Slot

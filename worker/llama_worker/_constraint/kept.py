@@ -7,22 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
-from llama_worker._constraint.rules import (
-    Either,
-    Given,
-    Grammar,
-    Json,
-    Many,
-    Maybe,
-    Node,
-    Opening,
-    Pattern,
-    Plain,
-    Ref,
-    Row,
-    Span,
-    Text,
-)
+from llama_worker._constraint.rules import Grammar, length_of
 
 MOST_KEPT: Final = 64
 MOST_FREE: Final = 8
@@ -84,19 +69,7 @@ def weight_of(grammar: Grammar) -> int:
     """About the bytes that it takes: in proportion to what it is made of."""
     schemas = {id(schema): schema for schema in (*dict(grammar.schemas).values(), *(c.schema for c in grammar.checks))}
     texts = sum(len(schema.original) + len(schema.loose) for schema in schemas.values())
-    compiled = sum(len(schema.exact) for _, schema in grammar.schemas) + sum(_length(node) for _, node in grammar.rules)
+    compiled = sum(len(schema.exact) for _, schema in grammar.schemas) + sum(
+        length_of(node) for _, node in grammar.rules
+    )
     return texts * _AS_TEXT + compiled * COMPILED
-
-
-def _length(node: Node) -> int:
-    match node:
-        case Text(text) | Plain(text) | Opening(text) | Pattern(text) | Ref(text) | Json(text):
-            return len(text)
-        case Given(_, source):
-            return len(source)
-        case Span():
-            return len(node.close) + sum(map(len, (*node.patterns, *node.without, *node.unless, *node.marks)))
-        case Row(nodes) | Either(nodes):
-            return sum(map(_length, nodes))
-        case Maybe(inner) | Many(inner):
-            return _length(inner)

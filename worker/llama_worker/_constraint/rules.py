@@ -159,3 +159,18 @@ def row(*nodes: Node | None) -> Node:
 
 def either(*nodes: Node) -> Node:
     return nodes[0] if len(nodes) == 1 else Either(nodes)
+
+
+def length_of(node: Node) -> int:
+    """How many characters all of `node` is written with; nodes themselves count nothing."""
+    match node:
+        case Text(text) | Plain(text) | Opening(text) | Pattern(text) | Ref(text) | Json(text):
+            return len(text)
+        case Given(_, source):
+            return len(source)
+        case Span():
+            return len(node.close) + sum(map(len, (*node.patterns, *node.without, *node.unless, *node.marks)))
+        case Row(nodes) | Either(nodes):
+            return sum(map(length_of, nodes))
+        case Maybe(inner) | Many(inner):
+            return length_of(inner)
