@@ -1,6 +1,7 @@
 """Reload: those who run are finished, those who wait run on the new model, and a failure costs nothing."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -155,6 +156,26 @@ async def test_areload_does_not_block_the_loop_and_survives_its_tasks_cancellati
             await asyncio.sleep(0)
         assert (await worker.agenerate("again")).text == "answer"
         assert worker.n_ctx == 512
+
+
+async def test_how_a_reload_ended_that_nobody_waits_for_is_no_news_to_the_event_loop():
+    """Else asyncio complains some time later that an exception was never retrieved."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    loader = HeldLoader()
+    with fake_worker(loader=loader) as worker:
+        reload = asyncio.create_task(worker.areload("fake://broken", overlap=True))
+        await asyncio.to_thread(loader.reached.wait, 10)
+        reload.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reload
+        loader.go.set()
+        while not worker.metrics().reloads_failed:
+            await asyncio.sleep(0)
+    for _ in range(3):  # what the other thread had called soon
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not complaints
 
 
 def test_reload_under_load_loses_nothing():

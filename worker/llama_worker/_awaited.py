@@ -35,6 +35,13 @@ async def aawaited(work: Future[T], cancel: CancelFlag, deadline: float | None, 
         raise DeadlineExceeded(timeout) from None
 
 
+async def carried_through(work: Future[T]) -> T:
+    """What comes of `work`, which goes on when the waiting task is cancelled; how it ended then interests nobody."""
+    done = asyncio.wrap_future(work)
+    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return await asyncio.shield(done)
+
+
 def _unless(work: Future[T], cancel: CancelFlag) -> Future[T]:
     """What `work` gives, or GenerationCancelled as soon as `cancel` is set."""
     answer: Future[T] = Future()

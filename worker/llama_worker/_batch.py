@@ -78,7 +78,7 @@ class Batch:
     ) -> None:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError("prompts", type(prompts).__name__, "give a list of prompts")
-        if max_concurrency is not None and max_concurrency < 1:
+        if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
             raise InvalidRequestError("max_concurrency", max_concurrency, "it is at least 1, or None for no limit")
         self._most = max_concurrency or len(prompts)
         self._entries = [_entry(prompt, ask, new_flag) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -12,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from llama_worker._cancel import CancelFlag
 from llama_worker._config import ModelConfig
 from llama_worker._entry import Entry
-from llama_worker._errors import GenerationCancelled
+from llama_worker._errors import GenerationCancelled, InvalidRequestError
 from llama_worker._events import Failed, Finished, StreamEvent, Terminal, Usage
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._jobs import EmbedJob, GenerationJob
@@ -105,6 +106,13 @@ class Reload:
     answer: Future[None] = field(default_factory=Future)
     noted: Callable[[Exception | None], object] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises InvalidRequestError for what the worker thread could do nothing with."""
+        if not isinstance(self.timeout, int | float | None) or not 0 <= (self.timeout or 0) <= threading.TIMEOUT_MAX:
+            raise InvalidRequestError("timeout", self.timeout, "it is a number of seconds from 0 on, or None: no end")
+        if self.progress is not None and not callable(self.progress):
+            raise InvalidRequestError("progress", type(self.progress).__name__, "give a function of a number, or None")
+
     def end(self, error: Exception | None) -> None:
         """The new model serves, or `error` says why not; `noted` hears of it before the caller does."""
         if self.noted is not None and not self.answer.done():
@@ -122,6 +130,10 @@ class ChangeLora:
     name: str
     path: str | None
     answer: Future[None] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InvalidRequestError("name", type(self.name).__name__, "an adapter's name is a str")
 
     def fail(self, error: Exception) -> None:
         settle(self.answer, error=error)

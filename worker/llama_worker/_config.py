@@ -92,7 +92,8 @@ def _settings_in(annotation: Any) -> type[Settings] | None:
 class ModelConfig(Settings):
     """Which model, and with what context.
 
-    `model`: a path to a GGUF file, or `demo://smollm2-135m-instruct` / `demo://all-minilm-l6-v2`.
+    `model`: a path to a GGUF file (text or a path object; kept as text), or `demo://smollm2-135m-instruct` /
+    `demo://all-minilm-l6-v2`.
     `n_ctx`: tokens that one request may use, prompt and completion; 0 means the trained context.
     `n_parallel`: sequences decoded at once. `n_kv_cells`: tokens that all sequences share (default: n_ctx).
     `cache_ram`: MiB of RAM for saved states: of sequences that had to make room for others, and what models that
@@ -142,6 +143,11 @@ class ModelConfig(Settings):
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if _is_path(value) else value
+
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _wherever_this_process_goes(cls, value: Any) -> Any:
@@ -158,9 +164,13 @@ class ModelConfig(Settings):
         return distinct(value)
 
 
-def as_model_config(config: ModelConfig | str) -> ModelConfig:
-    """A path alone is the configuration that says no more than this."""
-    return ModelConfig(model=config) if isinstance(config, str) else config
+def as_model_config(given: object) -> ModelConfig:
+    """`given`; of a path or a name alone, the configuration that says no more. Raises ConfigError for anything else."""
+    if isinstance(given, ModelConfig):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return ModelConfig(model=os.fspath(given))
+    raise ConfigError("config", type(given).__name__, "give a ModelConfig, or the path or name of a model")
 
 
 def _is_path(value: Any) -> bool:
@@ -220,3 +230,12 @@ class WorkerConfig(Settings):
     step_budget_ms: Annotated[float, Field(ge=1, le=60_000, allow_inf_nan=False)] = 100.0
     step_timeout: Annotated[float | None, Field(gt=0, le=86_400, allow_inf_nan=False)] = None
     contain_crashes: bool = False
+
+
+def as_worker_config(given: object) -> WorkerConfig:
+    """`given`, or the default for None. Raises ConfigError for anything else."""
+    if given is None:
+        return WorkerConfig()
+    if isinstance(given, WorkerConfig):
+        return given
+    raise ConfigError("worker_config", type(given).__name__, "give a WorkerConfig, or None for the default")

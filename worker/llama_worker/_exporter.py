@@ -80,6 +80,8 @@ class Exporter:
 
     def __init__(self, state: Callable[[], Mapping[str, Any]], path: str | Path | None = None) -> None:
         check_platform("export")
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError("path", type(path).__name__, "give a path, or None for one in your runtime folder")
         self.path = folder() / f"{os.getpid()}-{next(_numbers)}.sock" if path is None else Path(path).absolute()
         self._state = state
         self._socket = _listen(self.path)

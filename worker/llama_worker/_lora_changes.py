@@ -11,6 +11,8 @@ way waits for that one, and a model that was unloaded is loaded for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from llama_worker._commands import ChangeLora, settle
 from llama_worker._config import ModelConfig
@@ -76,7 +78,8 @@ def _changed(loaded: Loaded, change: ChangeLora) -> tuple[Mapping[str, LoraInfo]
     return {**loras, change.name: loaded.engine.load_lora(change.path)}, config
 
 
-def with_paths(config: ModelConfig, paths: Mapping[str, str]) -> ModelConfig:
+def with_paths(config: ModelConfig, paths: Mapping[str, str | Path]) -> ModelConfig:
     """`config` with these adapters. Raises ConfigError."""
-    checked = ModelConfig(model=config.model, lora_paths=tuple(paths.items()))
+    given: Any = paths
+    checked = ModelConfig(model=config.model, lora_paths=given)
     return config.model_copy(update={"lora_paths": checked.lora_paths})

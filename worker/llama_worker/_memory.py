@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from llama_worker._config import ModelConfig
+from llama_worker._config import ModelConfig, as_model_config
 from llama_worker._engine.base import ModelInfo, outputs_of
 from llama_worker._engine.embedding import can_embed, embedding_limits
 from llama_worker._engine.header import Header
@@ -89,7 +89,7 @@ def plan_memory(model: str | ModelConfig) -> MemoryPlan:
 
     A name stands for its default ModelConfig. Raises ModelNotFoundError and ModelLoadError.
     """
-    config = ModelConfig(model=model) if isinstance(model, str) else model
+    config = as_model_config(model)
     return planned(read_model(resolve(config.model)), config, free_memory())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from llama_worker import _demo_models
+from llama_worker._config import as_model_config
 from llama_worker._engine.base import ModelInfo
 from llama_worker._engine.header import Header, read_header
 from llama_worker._errors import ModelLoadError, ModelNotFoundError
@@ -70,7 +71,7 @@ def inspect_model(model: str) -> ModelInfo:
 
     `model` is a path to a GGUF file, or demo://NAME. Raises ModelNotFoundError and ModelLoadError.
     """
-    return read_info(resolve(model))
+    return read_info(resolve(as_model_config(model).model))
 
 
 def read_info(path: Path) -> ModelInfo:

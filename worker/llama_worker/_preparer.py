@@ -22,9 +22,13 @@ T = TypeVar("T")
 
 
 class Preparer:
-    """A daemon thread, started with the first task, that runs tasks one after another."""
+    """A daemon thread, started with the first task, that runs tasks one after another.
 
-    def __init__(self) -> None:
+    `why_closed` makes the error of a task that comes too late.
+    """
+
+    def __init__(self, why_closed: Callable[[], Exception] = WorkerClosed) -> None:
+        self._why_closed = why_closed
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: deque[tuple[Request, Request | Exception]] = deque()
         self._lock = threading.Lock()
@@ -77,7 +81,7 @@ class Preparer:
                 self._start()
                 return
         if answer is not None:
-            settle(answer, error=WorkerClosed())
+            settle(answer, error=self._why_closed())
 
     def _start(self) -> None:
         if self._thread is None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from llama_worker import _exit
-from llama_worker._config import ModelConfig, WorkerConfig, as_model_config
+from llama_worker._config import ModelConfig, WorkerConfig, as_model_config, as_worker_config
 from llama_worker._errors import ModelLoadError, WorkerDied
 from llama_worker._handle import WorkerHandle
 from llama_worker._published import Published
@@ -144,7 +144,7 @@ def get_worker(config: ModelConfig | str, worker_config: WorkerConfig | None = N
     One that died is started anew by the next call, the first time at once and then less and less often;
     meanwhile it raises WorkerDied with `retry_after`.
     """
-    return _registry.worker(as_model_config(config), worker_config or WorkerConfig())
+    return _registry.worker(as_model_config(config), as_worker_config(worker_config))
 
 
 def get_handle(config: ModelConfig | str, worker_config: WorkerConfig | None = None) -> WorkerHandle:
@@ -152,7 +152,7 @@ def get_handle(config: ModelConfig | str, worker_config: WorkerConfig | None = N
 
     Everybody who asks for the same configuration gets the same handle, while somebody holds it.
     """
-    return _registry.handle(as_model_config(config), worker_config or WorkerConfig())
+    return _registry.handle(as_model_config(config), as_worker_config(worker_config))
 
 
 def find_worker(token: str, config: ModelConfig, worker_config: WorkerConfig) -> LlamaWorker:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from operator import index
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,11 +113,16 @@ class ModelView:
 
     def tokenize(self, text: str) -> TokenIds:
         """The ids of plain text: no BOS, and what looks like a control token stays text."""
+        if not isinstance(text, str):
+            raise InvalidRequestError("text", type(text).__name__, "give a str")
         return self.vocabulary.tokenize(text, add_special=False, parse_special=False)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         pieces = self.vocabulary.pieces
-        unknown = next((token for token in ids if not 0 <= token < len(pieces)), None)
+        try:
+            unknown = next((token for token in ids if not 0 <= index(token) < len(pieces)), None)
+        except TypeError:
+            raise InvalidRequestError("ids", type(ids).__name__, "give a list of ints") from None
         if unknown is not None:
             raise InvalidRequestError("ids", unknown, f"the vocabulary has ids 0 to {len(pieces) - 1}")
         return b"".join(pieces[token] for token in ids).decode("utf-8", "replace")

@@ -21,7 +21,7 @@ from llama_worker import _exit, _watchdog
 from llama_worker._admission import Admission
 from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._channel import CommandChannel
-from llama_worker._config import ModelConfig, WorkerConfig, as_model_config
+from llama_worker._config import ModelConfig, WorkerConfig, as_model_config, as_worker_config
 from llama_worker._desk import Desk
 from llama_worker._engine.base import Loader, LoraInfo, ModelInfo
 from llama_worker._llama_loading import contained, load_llama
@@ -64,7 +64,7 @@ class LlamaWorker(WorkerRequests, WorkerReports, WorkerChanges):
         *,
         loader: Loader | None = None,
     ) -> None:
-        self._start(as_model_config(config), worker_config or WorkerConfig(), loader or load_llama)
+        self._start(as_model_config(config), as_worker_config(worker_config), loader or load_llama)
         try:
             self._view()
         except BaseException:
@@ -81,7 +81,7 @@ class LlamaWorker(WorkerRequests, WorkerReports, WorkerChanges):
     ) -> LlamaWorker:
         """A worker that loads in the background: the first call that needs the model waits, or raises."""
         worker = cls.__new__(cls)
-        worker._start(as_model_config(config), worker_config or WorkerConfig(), loader or load_llama)
+        worker._start(as_model_config(config), as_worker_config(worker_config), loader or load_llama)
         return worker
 
     def _start(self, config: ModelConfig, worker_config: WorkerConfig, loader: Loader) -> None:
@@ -90,7 +90,7 @@ class LlamaWorker(WorkerRequests, WorkerReports, WorkerChanges):
         self._published = Published()
         self._channel = CommandChannel(worker_config.queue_size)
         self._admission = Admission(self._channel, worker_config.on_full, self._published.why_closed)
-        self._preparer = Preparer()
+        self._preparer = Preparer(self._published.why_closed)
         self._token = uuid4().hex
         living[self._token] = self
         self._loads_llama = loader is load_llama

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_worker._admission import Admission
+from llama_worker._awaited import carried_through
 from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._channel import CommandChannel
 from llama_worker._commands import ChangeLora, Reload
@@ -57,8 +58,8 @@ class WorkerChanges:
         a worker that chats refuses a model that only embeds.
         With `overlap` the new model is loaded beside the old one, which serves on until then; "auto" does
         so when both fit into memory. `progress` is called with the fraction that is loaded, by the
-        loading thread. Raises ConfigError, ModelLoadError (`previous_restored` says whether the old model serves on)
-        and WorkerClosed.
+        loading thread, and must not wait for this worker. Raises ConfigError, InvalidRequestError, ModelLoadError
+        (`previous_restored` says whether the old model serves on) and WorkerClosed.
         """
         self._reload(config, when, timeout, overlap, progress, changes).answer.result()
 
@@ -75,8 +76,7 @@ class WorkerChanges:
         """The async twin of `reload`. A task that is cancelled here does not stop the reload."""
         self._desk.check_process()
         begun = self._preparer.submit(lambda: self._reload(config, when, timeout, overlap, progress, changes))
-        command = await asyncio.shield(asyncio.wrap_future(begun))
-        await asyncio.shield(asyncio.wrap_future(command.answer))
+        await carried_through((await carried_through(begun)).answer)
 
     def _reload(
         self,
@@ -141,7 +141,7 @@ class WorkerChanges:
     def _change_lora(self, name: str, path: str | Path | None) -> ChangeLora:
         view = self._desk.view()
         if path is not None:
-            config = with_paths(view.config, {name: os.fspath(path)})
+            config = with_paths(view.config, {name: path})
             if self._loads_llama and view.limits.n_loras:
                 check_loras(config, view.info)  # what can be seen here costs no running request any time
         command = ChangeLora(name=name, path=None if path is None else os.fspath(path))
@@ -152,17 +152,19 @@ class WorkerChanges:
     async def _achange_lora(self, name: str, path: str | Path | None) -> None:
         self._desk.check_process()
         begun = self._preparer.submit(lambda: self._change_lora(name, path))
-        change = await asyncio.shield(asyncio.wrap_future(begun))
-        await asyncio.shield(asyncio.wrap_future(change.answer))
+        await carried_through((await carried_through(begun)).answer)
 
     # -- the settings -------------------------------------------------------------------------------
 
     def reconfigure(self, **changes: Any) -> None:
         """Change `queue_size`, `on_full`, `step_budget_ms` or `keep_alive` of the running worker. Never waits.
 
-        A smaller queue_size drops nobody who waits already. Raises ConfigError; then nothing has changed.
+        A smaller queue_size drops nobody who waits already. Raises ConfigError and WorkerClosed; then nothing
+        has changed.
         """
         self._desk.check_process()
+        if self._service.state in ("closed", "dead"):
+            raise self._published.why_closed()
         self._live_config = reconfigured(self._live_config, changes)
         apply_live(self._live_config, self._service, self._admission)
 

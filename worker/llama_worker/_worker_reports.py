@@ -78,9 +78,11 @@ class WorkerReports:
         """Let other processes of this user watch the worker (`python -m llama_worker top`) until it ends.
 
         Returns the Unix socket, `path` or one in the user's runtime folder. What goes out carries no texts.
-        Raises ConfigError when no socket can be made there, UnsupportedFeatureError where there are none.
+        Raises ConfigError when no socket can be made there, UnsupportedFeatureError where there are none, WorkerClosed.
         """
         self._desk.check_process()
+        if self._service.state in ("closed", "dead"):
+            raise self._published.why_closed()
         service, name = self._service, name_of(self._service, self._published.current)
         exporter = Exporter(lambda: state_of(service, name), path)
         service.ended.add_done_callback(lambda _: exporter.close())
