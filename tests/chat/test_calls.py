@@ -36,12 +36,12 @@ CALL = ToolCall(id="a b", name="get_weather", arguments={"city": 'Ulm "1"', "day
             '<tool_call>\n<function=get_weather>\n<parameter=city>\nUlm "1"\n</parameter>\n<parameter=days>\n2\n'
             "</parameter>\n<parameter=note>\nnull\n</parameter>\n</function>\n</tool_call>",
         ),
-        ("gemma", '<|tool_call>call:get_weather{city:<|"|>Ulm "1"<|"|>,days:2,note:<|"|>null<|"|>}<tool_call|>'),
+        ("gemma", '<|tool_call>call:get_weather{city:<|"|>Ulm "1"<|"|>,days:2,note:null}<tool_call|>'),
         ("key-again", '<call><get_weather><city>Ulm "1"</city><days>2</days><note>null</note></get_weather></call>'),
         (
             "typed",
             '<|open|>call get_weather\n<|key|>city" type="string">Ulm "1"<|end|><|key|>days" type="number">2<|end|>'
-            '<|key|>note" type="string">null<|end|><|close|>',
+            '<|key|>note" type="null">null<|end|><|close|>',
         ),
         ("json-strings", '<fn>get_weather(city="Ulm \\"1\\"", days=2, note=null)</fn>'),
         (

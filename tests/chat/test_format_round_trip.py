@@ -50,6 +50,8 @@ WITH_TAGS = (
     "openbmb-MiniCPM5-1B",
     "LFM2-8B-A1B",
 )
+# Of those, where it is written whether a value is text.
+WITH_TYPES = ("deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4", "Kimi-K3", "openbmb-MiniCPM5-1B")
 # The same, but written in Python's way by themselves: then it is given to them as JSON text.
 IN_PYTHONS_WAY = (
     "Qwen3-Coder",
@@ -144,6 +146,16 @@ def test_calls_with_json_come_back(name: str, calls: list[ToolCall]) -> None:
 def test_tagged_calls_come_back(name: str, calls: list[ToolCall]) -> None:
     template = shipped_templates()[name]
     assert read_back(template, specs_of(calls), calls) == [(call.name, call.arguments) for call in calls]
+
+
+@pytest.mark.parametrize("name", WITH_TYPES)
+@pytest.mark.parametrize("value", [None, "null", "", "a"])
+def test_null_is_told_from_its_word_where_that_is_written(name: str, value: str | None) -> None:
+    template = shipped_templates()[name]
+    kind = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    tool = ToolSpec(name="f", parameters={"type": "object", "properties": {"note": kind}})
+    call = ToolCall(id="call00001", name="f", arguments={"note": value})
+    assert read_back(template, [tool], [call]) == [("f", {"note": value})]
 
 
 @pytest.mark.parametrize("name", IN_PYTHONS_WAY)

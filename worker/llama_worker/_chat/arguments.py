@@ -85,7 +85,7 @@ class ArgumentLine:
             string_close=syntax.string_close,
             value_open=Literal.of(syntax.value_open),
             value_close=Literal.of(syntax.value_close, after_blanks=True),
-            opens_alike=syntax.string_open == syntax.value_open,
+            opens_alike=syntax.opens_alike,
             key_ends=tuple(dict.fromkeys(WordEnd.before(text) for text in opens if text)),
             key_again=syntax.key_again,
             type_close=syntax.type_close,
@@ -130,7 +130,7 @@ class TaggedReader:
         if (yield from self._is_text(key)):
             yield from read_literal(self._source, line.string_open, "what opens a text")
             again = "" if line.key_again is None else key + line.key_again
-            yield from self._text(line.string_close + again, may_be_null=key in self._nullable)
+            yield from self._text(line.string_close + again, may_be_null=line.opens_alike and key in self._nullable)
             return
         yield from read_literal(self._source, line.value_open, "what opens a value")
         if line.type_close is not None:
@@ -147,11 +147,11 @@ class TaggedReader:
         return frozenset(properties) if isinstance(properties, dict) else frozenset()
 
     def _is_text(self, key: str) -> Reading[bool]:
-        """By the tool's schema; where that does not know the key, by how it is written."""
+        """By the tool's schema; where that allows null beside it, or does not know the key, by how it is written."""
         line = self._line
         if line.json_strings:
             return False
-        if key in self._texts or key in self._keys:
+        if (line.opens_alike or key not in self._nullable) and (key in self._texts or key in self._keys):
             return key in self._texts
         if line.opens_alike:
             return self._tool is None

@@ -73,8 +73,10 @@ def _is_text(syntax: Tagged, key: str, value: object, tool: ToolSpec | None) -> 
     if syntax.json_strings or not isinstance(value, str | None):
         return False
     if tool is None or key not in tool.parameters.get("properties", {}):
-        return isinstance(value, str) and (tool is None or syntax.string_open != syntax.value_open)
-    return key in (nullable_parameters(tool) if value is None else text_parameters(tool))
+        return isinstance(value, str) and (tool is None or not syntax.opens_alike)
+    if value is None:
+        return syntax.opens_alike and key in nullable_parameters(tool)
+    return key in text_parameters(tool)
 
 
 def _argument(syntax: Tagged, key: str, value: object, *, is_text: bool) -> str:

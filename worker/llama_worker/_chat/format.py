@@ -45,6 +45,8 @@ class Tagged:
     `string_close` of `</` and a `key_again` of `>`. `type_close`: before a JSON value its JSON type is named
     (number, boolean, object, array or null) and followed by this text: value_open TYPE type_close VALUE.
     `json_strings`: strings are JSON values like all others; string_open and string_close then count for nothing.
+    A string that may be null: null is written as the JSON value that it is; where strings and values open alike,
+    the bare text `null` is null.
     """
 
     key_open: str
@@ -56,6 +58,11 @@ class Tagged:
     key_again: str | None = None
     type_close: str | None = None
     json_strings: bool = False
+
+    @property
+    def opens_alike(self) -> bool:
+        """A string and a value cannot be told apart by what opens them."""
+        return self.string_open == self.value_open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

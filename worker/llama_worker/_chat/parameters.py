@@ -25,7 +25,7 @@ def text_parameters(tool: ToolSpec) -> frozenset[str]:
 
 
 def nullable_parameters(tool: ToolSpec) -> frozenset[str]:
-    """Those of `text_parameters` that may be null: there the bare text `null` means null."""
+    """Those of `text_parameters` that may be null."""
     return frozenset(name for name, types in _typed(tool) if types == {"string", "null"})
 
 

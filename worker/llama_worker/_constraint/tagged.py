@@ -73,14 +73,20 @@ class TaggedArguments:
             raise InvalidRequestError(self.where, key, "this model's format cannot write a parameter of that name")
         if key in self._texts and not syntax.json_strings:
             forms = [(syntax.string_open, self._rule(self._string(key, schema)))]
+            values = self._values(key, {"type": "null"}) if self._null_apart(key) else ()
         else:
-            forms = [(syntax.value_open + kind, self._rule(value)) for kind, value in self._values(key, schema)]
+            forms, values = [], self._values(key, schema)
+        forms += [(syntax.value_open + kind, self._rule(value)) for kind, value in values]
 
         def written(before: str) -> Node:
             ways = (row(Text(before + syntax.key_open), Plain(key), Text(opened), value) for opened, value in forms)
             return either(*ways)
 
         return written
+
+    def _null_apart(self, key: str) -> bool:
+        """A string that may be null, which is then written as a value."""
+        return key in self._nullable and not self.syntax.opens_alike
 
     def _values(self, key: str, schema: Any) -> Iterator[tuple[str, Node]]:
         """What names the type, if anything does, and a JSON value of it with what closes it."""
@@ -125,7 +131,8 @@ class TaggedArguments:
         plain = self.document.resolved(schema)
         values = [plain["const"]] if "const" in plain else plain.get("enum")
         if isinstance(values, list):
-            texts = ["null" if value is None else value for value in values]
+            apart = self._null_apart(key)
+            texts = ["null" if value is None and not apart else value for value in values]
             texts = [text for text in texts if isinstance(text, str) and close not in text]
             if not texts:
                 raise InvalidRequestError(f"{self.where}.{key}", "enum", "this model's format can write none of these")
@@ -134,7 +141,7 @@ class TaggedArguments:
         if more and self.tool.strict:
             raise self._not_whole(f"{key}: {more}")
         text = Span(close=close, patterns=patterns, without=(close,) if patterns else ())
-        if not patterns or key not in self._nullable:
+        if not patterns or key not in self._nullable or self._null_apart(key):
             return text
         return either(text, row(Plain("null"), Text(close)))
 
