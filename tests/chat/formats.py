@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llama_worker._chat.format import CallSyntax, ChatFormat, ReasoningSyntax, Slot, Tagged, TextSyntax
@@ -182,6 +183,8 @@ ARGUMENTS_FIRST = CallSyntax(
 
 UNMARKED = CallSyntax(call=(Slot.NAME, "\n", Slot.ARGUMENTS), separator=">>>", trigger="", only_at_start=True)
 """Calls begin with the tool's name and text with a marker: every reply that does not begin so is calls."""
+BEHIND_TEXT = replace(UNMARKED, behind_text=">>>")
+"""The same, and calls may come behind a text."""
 
 SYNTAXES = {
     "hermes": HERMES,

@@ -61,6 +61,32 @@ TOOLS = (
 WEATHER = ToolCall(id="call00001", name="get_weather", arguments={"city": 'Zürich "x" 5 < 6 & 7\nline', "days": -7})
 HOTEL = ToolCall(id="call00002", name="find_hotel", arguments={"city": "it's {ok}", "stars": 4})
 WRONG = ToolCall(id="call00001", name="get_weather", arguments={"city": "Bern", "days": "many"})
+_TRIP = {
+    "who": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}},
+    },
+    "stops": {"type": "array", "items": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "cheap": {"type": "boolean"},
+    "most": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+}
+PLAN = ToolSpec(
+    name="plan_trip",
+    description="Plans a journey.",
+    parameters={"type": "object", "properties": _TRIP, "required": list(_TRIP)},
+)
+TRIP = ToolCall(
+    id="call00001",
+    name="plan_trip",
+    arguments={
+        "who": {"name": 'Bo "x"', "tags": ["a", "{b}"]},
+        "stops": [{"city": "Bern"}, {"city": "Ulm"}],
+        "note": None,
+        "cheap": True,
+        "most": None,
+    },
+)
 _ASKED = Message(role="user", content="What is the weather like?")
 _ANSWER = Message(role="assistant", content="It is dry.")
 
@@ -74,6 +100,7 @@ class Row:
     renders: bool
     one_call: bool
     two_calls: bool | None
+    nested: bool
     accepts_own: bool
     rejects_wrong: bool
     milliseconds: float
@@ -97,6 +124,7 @@ def _row(name: str, template: ChatTemplate, compiler: ConstraintCompiler) -> Row
         renders=_renders(template, format),
         one_call=_parses_back(template, format, [WEATHER]),
         two_calls=_parses_back(template, format, [WEATHER, HOTEL]) if several else None,
+        nested=_parses_back(template, format, [TRIP], [PLAN]),
         accepts_own=_accepts(template, format, compiler, [WEATHER, HOTEL] if several else [WEATHER]),
         rejects_wrong=not _accepts(template, format, compiler, [WRONG]),
         milliseconds=_time_of(template),
@@ -124,11 +152,13 @@ def _renders(template: ChatTemplate, format: ChatFormat) -> bool:
     return all(word in text for word in [*words, "get_weather", "find_hotel", "rich", "-7"])
 
 
-def reply_of(template: ChatTemplate, format: ChatFormat, calls: Sequence[ToolCall]) -> tuple[str, str]:
+def reply_of(
+    template: ChatTemplate, format: ChatFormat, calls: Sequence[ToolCall], tools: Sequence[ToolSpec] = TOOLS
+) -> tuple[str, str]:
     """A turn of `calls` as the template renders it: the prompt before it, and what the model would have said."""
-    prompt = template.lay_out([_ASKED], tools=TOOLS, format=format, today=TODAY).text
+    prompt = template.lay_out([_ASKED], tools=tools, format=format, today=TODAY).text
     whole, text = (
-        template.lay_out([_ASKED, said], tools=TOOLS, format=format, add_generation_prompt=False, today=TODAY).text
+        template.lay_out([_ASKED, said], tools=tools, format=format, add_generation_prompt=False, today=TODAY).text
         for said in (Message(role="assistant", content="", tool_calls=tuple(calls)), _ANSWER)
     )
     shared = whole_prefix(whole, prompt)
@@ -138,21 +168,23 @@ def reply_of(template: ChatTemplate, format: ChatFormat, calls: Sequence[ToolCal
 # ---- parsing
 
 
-def _parses_back(template: ChatTemplate, format: ChatFormat, calls: Sequence[ToolCall]) -> bool:
+def _parses_back(
+    template: ChatTemplate, format: ChatFormat, calls: Sequence[ToolCall], tools: Sequence[ToolSpec] = TOOLS
+) -> bool:
     try:
-        prompt, reply = reply_of(template, format, calls)
+        prompt, reply = reply_of(template, format, calls, tools)
     except TemplateError:
         return False
-    return parsed(format, prompt, reply) == [(call.name, call.arguments) for call in calls]
+    return parsed(format, prompt, reply, tools) == [(call.name, call.arguments) for call in calls]
 
 
-def parsed(format: ChatFormat, prompt: str, reply: str) -> list[tuple[str, object]]:
+def parsed(format: ChatFormat, prompt: str, reply: str, tools: Sequence[ToolSpec] = TOOLS) -> list[tuple[str, object]]:
     """The calls in `reply`: name and arguments, or name and error."""
     thoughts = format.reasoning
     numbers = count()
     parser = OutputParser(
         format,
-        TOOLS,
+        tools,
         calls=True,
         in_reasoning=thoughts is not None and prompt.rstrip().endswith(thoughts.open.strip()),
         new_id=lambda: f"id{next(numbers)}",
@@ -224,6 +256,8 @@ Written by `python -m tests.chat.template_table`: the {n} templates that llama.c
 * **tools**, **calls**: whether the template renders tools and past calls by itself; otherwise we write them.
 * **renders**: system, user, call, result, answer, user, with two tools: all of it is in the prompt.
 * **one**, **two**: past calls, as rendered, are parsed back; – where a turn has one call at most.
+* **nested**: so is a call with an object, a list, a boolean and nulls. Where a template writes these in a way of its
+  own, a model is held to JSON all the same, and past calls are given to the template so that they are written alike.
 * **accepts**: the grammar that calls are held to takes the template's own rendering.
 * **rejects**: it does not take a call with a word where a number is due.
 
@@ -231,8 +265,8 @@ Written by `python -m tests.chat.template_table`: the {n} templates that llama.c
 
 
 def page(found: Sequence[Row]) -> str:
-    lines = ["| template | format | tools | calls | thoughts | renders | one | two | accepts | rejects | ms |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| template | format | tools | calls | thoughts | renders | one | two | nested | accepts | rejects | ms |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     lines += [_line(row) for row in found]
     return _HEAD.format(n=len(found)) + "\n".join([*_summary(found), "", *lines, ""])
 
@@ -240,9 +274,10 @@ def page(found: Sequence[Row]) -> str:
 def _summary(found: Sequence[Row]) -> list[str]:
     rendered = [row for row in found if row.renders]
     trips, accepting = sum(row.round_trips for row in rendered), sum(row.accepts_own for row in rendered)
+    nested, rejecting = sum(row.nested for row in rendered), sum(row.rejects_wrong for row in rendered)
     return [
-        f"{len(rendered)} of {len(found)} render with tools; of these {trips} round-trip, {accepting} grammars accept "
-        f"their own rendering and {sum(row.rejects_wrong for row in rendered)} reject a wrong type.",
+        f"{len(rendered)} of {len(found)} render with tools; of these {trips} round-trip, {nested} with nested values; "
+        f"{accepting} grammars accept their own rendering and {rejecting} reject a wrong type.",
         f"Analysis takes {statistics.median(row.milliseconds for row in found):.1f} ms (median), "
         f"{max(row.milliseconds for row in found):.1f} ms at most.",
     ]
@@ -250,7 +285,7 @@ def _summary(found: Sequence[Row]) -> list[str]:
 
 def _line(row: Row) -> str:
     thoughts = row.format.reasoning.open.strip().replace("|", "\\|") if row.format.reasoning else ""
-    checks = [row.renders, row.one_call, row.two_calls, row.accepts_own, row.rejects_wrong]
+    checks = [row.renders, row.one_call, row.two_calls, row.nested, row.accepts_own, row.rejects_wrong]
     cells = [
         row.name,
         row.format.origin,

@@ -188,6 +188,37 @@ def test_values_are_given_as_text_where_they_come_out_in_pythons_way(value: str,
         assert f">{written}</p>" in said
 
 
+ELEMENTS = """
+{%- macro all(v) %}
+    {%- if v is mapping %}{% for k, w in v.items() %}<{{ k }}>{{ all(w) }}</{{ k }}>{% endfor %}
+    {%- elif v is string %}{{ v }}
+    {%- elif v is iterable %}{% for w in v %}<item>{{ all(w) }}</item>{% endfor %}
+    {%- else %}{{ v | tojson }}{% endif %}
+{%- endmacro %}<call>{{ f.name }}{% for k, v in a.items() %}<p={{ k }}>{{ all(v) }}</p>{% endfor %}</call>"""
+QUOTED = """
+{%- macro all(v) %}
+    {%- if v is mapping %}{{ '{' }}{% for k, w in v.items() %}{{ k }}:{{ all(w) }},{% endfor %}{{ '}' }}
+    {%- elif v is string %}<|"|>{{ v }}<|"|>
+    {%- elif v is iterable %}[{% for w in v %}{{ all(w) }},{% endfor %}]
+    {%- else %}{{ v }}{% endif %}
+{%- endmacro %}<call>{{ f.name }}{{ '{' }}
+{%- if a is mapping %}{% for k, v in a.items() %}{{ k }}:{{ all(v) }}{% if not loop.last %},{% endif %}{% endfor %}
+{%- else %}{{ a }}{% endif %}{{ '}' }}</call>"""
+
+
+@pytest.mark.parametrize(("body", "given"), [(ELEMENTS, "values_as_text"), (QUOTED, "arguments_as_written")])
+def test_past_calls_are_written_as_the_model_is_held_to_write_them(body: str, given: str) -> None:
+    """Where a template writes nested values in a way of its own."""
+    template = per_call(body)
+    found = format_of(template)
+    assert getattr(found, given)
+    tool = ToolSpec(name="f", parameters={"type": "object", "properties": {"t": {"type": "string"}, "n": {}, "o": {}}})
+    call = ToolCall(id="call00001", name="f", arguments={"t": "a<b", "n": None, "o": {"x": ["y", True, {}]}})
+    chat = [Message(role="user", content="hi"), Message(role="assistant", content="", tool_calls=(call,))]
+    said = template.lay_out(chat, tools=[tool], format=found, today=date(2026, 1, 1)).text
+    assert write_calls(syntax(found), [call], [tool]) in said
+
+
 # ---- thoughts
 
 

@@ -21,6 +21,7 @@ from llama_worker._events import (
 from llama_worker._requests import ToolCall
 from tests.chat.formats import (
     ARGUMENTS_FIRST,
+    BEHIND_TEXT,
     COHERE,
     GEMMA,
     HERMES,
@@ -262,6 +263,32 @@ def test_where_nothing_marks_a_call_text_is_what_is_marked(
     events = read(text, format_with(UNMARKED, text=TextSyntax(open="all\n")))
     assert text_of(events) == said_text
     assert list(map(said, ended(events))) == calls
+
+
+@pytest.mark.parametrize(
+    ("text", "said_text", "calls"),
+    [
+        ("all\nHello>>>ping\n{}", "Hello", [("ping", {})]),
+        ("Hello\n>>>ping\n{}", "Hello\n", [("ping", {})]),
+        ('all\nA>>>ping\n{}>>>get_weather\n{"city": "Ulm"}', "A", [("ping", {}), ("get_weather", {"city": "Ulm"})]),
+        ("all\n>>> ping\n{}", ">>> ping\n{}", []),
+        ("all\n>>>print(1)\n1 >>>pin", ">>>print(1)\n1 >>>pin", []),
+        ("all\n>>>rm\n{}", ">>>rm\n{}", []),
+        ("all\nHello>>>ping", "Hello>>>ping", []),
+        ("all\nHello>>>ping\n{", "Hello", [("ping", "{")]),
+        ("all\nHello>>>>ping\n{}", "Hello>", [("ping", {})]),
+    ],
+)
+def test_behind_a_text_the_name_of_a_tool_begins_a_call(
+    text: str, said_text: str, calls: list[tuple[str, object]]
+) -> None:
+    if not text.startswith("all"):
+        text = f"all\n{text}"
+    format = format_with(BEHIND_TEXT, text=TextSyntax(open="all\n"))
+    for pieces in ([text], list(text), [text[at : at + 3] for at in range(0, len(text), 3)]):
+        events = run(parser(format), pieces)
+        assert text_of(events) == said_text
+        assert list(map(said, ended(events))) == calls
 
 
 @pytest.mark.parametrize("name", SYNTAXES)

@@ -36,6 +36,11 @@ def test_past_calls_come_back_from_nearly_all_renderings(rows: list[Row]) -> Non
     assert len(lost) <= 0.05 * len(rendered), lost
 
 
+def test_nested_values_come_back_from_nearly_all_renderings(rows: list[Row]) -> None:
+    lost = [row.name for row in rows if not row.nested]
+    assert len(lost) <= 0.05 * len(rows), lost
+
+
 def test_the_grammar_takes_nearly_all_renderings(rows: list[Row]) -> None:
     refused = [row.name for row in rows if not row.accepts_own]
     assert len(refused) <= 0.05 * len(rows), refused

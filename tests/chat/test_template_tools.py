@@ -219,6 +219,40 @@ def test_one_of_several_types_is_named_where_the_template_knows_no_more() -> Non
     assert lay_out(source, user(), tools=[tool]).startswith("INTEGERSTRINGNULL")
 
 
+def test_objects_say_what_else_they_may_have_where_the_template_asks() -> None:
+    """Like Command-R+'s, which names the type of what is in an object."""
+    look = "{% for tool in tools %}{% for p in tool.function.parameters.properties.values() %}{{ p.description.x }}"
+    source = look + "{{ p.additionalProperties.type | default('any', true) }} {% endfor %}{% endfor %}" + NATIVE
+    open_object = {"type": "object"}
+    parameters = {
+        "o": open_object,
+        "m": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "r": {"$ref": "#/$defs/O"},
+    }
+    schema = {"type": "object", "properties": parameters, "$defs": {"O": open_object}}
+    source = source.replace("p.additionalProperties.type", "('' + p.additionalProperties.type | string)")
+    assert lay_out(source, user(), tools=[ToolSpec(name="f", parameters=schema)]).startswith("None integer None")
+
+
+def test_deep_parameters_are_filled_once() -> None:
+    schema: dict[str, Any] = {"enum": ["a"]}
+    for _ in range(28):
+        schema = {"type": "object", "properties": {"p": schema}}
+    look = "{% for tool in tools %}{{ tool.function.parameters.properties.p.description.x }}{% endfor %}"
+    assert lay_out(look + NATIVE, user(), tools=[ToolSpec(name="f", parameters=schema)])
+
+
+def test_a_reference_is_looked_through_for_its_type() -> None:
+    look = "{% for tool in tools %}{% for p in tool.function.parameters.properties.values() %}{{ p.type | upper }}"
+    schema = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/E"}, "b": True},
+        "$defs": {"E": {"enum": ["a"], "type": "string"}},
+    }
+    source = look + "{{ p.description.x }}{% endfor %}{% endfor %}" + NATIVE
+    assert lay_out(source, user(), tools=[ToolSpec(name="f", parameters=schema)]).startswith("STRINGOBJECT")
+
+
 def test_what_was_said_beside_a_call_is_not_dropped() -> None:
     source = NATIVE.replace("~ m.content", "~ (m.content if not m.tool_calls else '')")
     talk = called(("c1", "ping", {}), text="wait")

@@ -184,6 +184,18 @@ FORMATS: dict[str, ChatFormat] = {
         calls=CallSyntax(call=(Slot.NAME, "\n", Slot.ARGUMENTS), separator=">>>", trigger="", only_at_start=True),
         text=TextSyntax(open="all\n"),
     ),
+    "nothing marks a call, but behind a text": ChatFormat(
+        digest="functionary behind text",
+        origin="derived",
+        calls=CallSyntax(
+            call=(Slot.NAME, "\n", Slot.ARGUMENTS),
+            separator=">>>",
+            trigger="",
+            only_at_start=True,
+            behind_text=">>>",
+        ),
+        text=TextSyntax(open="all\n"),
+    ),
 }
 EVERY = pytest.mark.parametrize("name", FORMATS)
 
@@ -431,6 +443,24 @@ def test_what_the_format_writes_is_accepted_and_wrong_types_are_not(name: str) -
             text = written(format, ("get_weather", {**right, **wrong}))
             assert not fits(compiler.constraint(grammar), text, vocabulary), (choice, wrong)
         assert not fits(compiler.constraint(grammar), written(format, ("get_weather", {"city": "a"})), vocabulary)
+
+
+def test_behind_a_text_a_call_is_held_to_its_tool() -> None:
+    format = FORMATS["nothing marks a call, but behind a text"]
+
+    def taken(text: str, **more: Any) -> bool:
+        return fits(constraint(request(tools=TOOLS, **more), format), text)
+
+    assert taken("all\nHello")
+    assert taken("all\n>>> print(1)\n>>>get_weathers\nx")
+    assert taken('all\nHello\n>>>get\n{"x": true}')
+    assert not taken('all\nHello\n>>>get\n{"x": 3}')
+    assert not taken("all\nHello\n>>>get\nx")
+    assert not taken('all\nHello\n>>>get\n{"x": true} and so on')
+    two = 'all\nHello\n>>>get\n{"x": true}>>>get_time\n{}'
+    assert taken(two, parallel_tool_calls=True)
+    assert not taken(two)
+    assert not taken('all\nHello\n>>>get\n{"x": true}', tool_choice="required")
 
 
 @EVERY

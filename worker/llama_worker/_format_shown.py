@@ -29,6 +29,7 @@ def shown_format(format: ChatFormat) -> list[tuple[str, str]]:
 
 def _shown_calls(calls: CallSyntax) -> list[tuple[str, str]]:
     where = ", where the reply begins" if calls.only_at_start else ""
+    where += f", or behind a text and {_text(calls.behind_text)}" if calls.behind_text else ""
     rows = [("tool calls", "".join(map(_part, calls.call))), ("begin with", _text(calls.trigger) + where)]
     if calls.section_open or calls.section_close:
         rows.append(("around them", f"{_text(calls.section_open)} … {_text(calls.section_close)}"))

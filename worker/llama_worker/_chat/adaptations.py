@@ -5,14 +5,19 @@ Each returns a new chat; one that does not apply returns an equal one. `rules.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeAlias
 
+from llama_worker._chat.parameters import types_of
 from llama_worker._chat.turns import Tool, Turn, calls, with_arguments_as_text, with_values_as_text
 from llama_worker._chat.wording import Wording
 
 _ID_SIZE = 9
+
+_Change: TypeAlias = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""Changes one schema; the second is the one in which it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,40 +43,55 @@ def describe_tools(chat: Chat, wording: Wording) -> Chat:
 
 def fill_parameters(chat: Chat, wording: Wording) -> Chat:
     """Every parameter has a description and one type."""
+    return _with_properties(chat, _described)
+
+
+def open_objects(chat: Chat, wording: Wording) -> Chat:
+    """Every parameter that is an object says that it may have any others, by a schema without a type."""
+    return _with_properties(chat, _opened)
+
+
+def _with_properties(chat: Chat, change: _Change) -> Chat:
+    """Each schema under `properties` is changed, after those in it."""
     if not chat.tools:
         return chat
-    return replace(chat, tools=[{**tool, "function": _filled_function(tool["function"])} for tool in chat.tools])
+    return replace(chat, tools=[{**tool, "function": _in_function(tool["function"], change)} for tool in chat.tools])
 
 
-def _filled_function(function: dict[str, Any]) -> dict[str, Any]:
-    return {**function, "parameters": _filled(function["parameters"])}
+def _in_function(function: dict[str, Any], change: _Change) -> dict[str, Any]:
+    root = function["parameters"]
+    return {**function, "parameters": _in_schema(root, lambda schema: change(schema, root))}
 
 
-def _filled(schema: Any) -> Any:
+def _in_schema(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
     if not isinstance(schema, dict):
         return schema
-    filled = {key: _filled(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict):
-        parameters = {name: _described(value) for name, value in schema["properties"].items()}
-        return {**filled, "properties": parameters}
-    return filled
+    properties = schema.get("properties")
+    inner = {key: _in_schema(value, change) for key, value in schema.items() if key != "properties"}
+    if not isinstance(properties, dict):
+        return schema | inner
+    changed = {name: _in_schema({} if value is True else value, change) for name, value in properties.items()}
+    changed = {name: change(value) if isinstance(value, dict) else value for name, value in changed.items()}
+    return schema | inner | {"properties": changed}
 
 
-def _described(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return schema
-    described = {"type": _type_of(schema), "description": "", **_filled(schema)}
+def _described(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    described = {"type": _type_of(schema, root), "description": "", **schema}
     kinds = [kind for kind in _listed(described["type"]) if kind != "null"]
     return {**described, "type": kinds[0]} if kinds else described
 
 
-def _type_of(schema: dict[str, Any]) -> str:
+def _opened(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    return {"additionalProperties": {"type": None}, **schema} if schema.get("type") == "object" else schema
+
+
+def _type_of(schema: dict[str, Any], root: dict[str, Any]) -> str:
     """The first type that a schema without "type" allows; what is unknown is an object."""
     for option in (*_listed(schema.get("anyOf")), *_listed(schema.get("oneOf"))):
         if isinstance(option, dict) and isinstance(option.get("type"), str) and option["type"] != "null":
             return str(option["type"])
-    values = (*_listed(schema.get("enum")), *([schema["const"]] if "const" in schema else []))
-    return "string" if values and all(isinstance(value, str) for value in values) else "object"
+    known = types_of(schema, root) - {"null"}
+    return next(iter(known)) if len(known) == 1 else "object"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -87,6 +107,23 @@ def text_arguments(chat: Chat, wording: Wording) -> Chat:
 
 def text_values(chat: Chat, wording: Wording) -> Chat:
     return replace(chat, turns=with_values_as_text(chat.turns))
+
+
+def written_arguments(chat: Chat, wording: Wording) -> Chat:
+    """The arguments of past calls are the text that the model is held to write for them."""
+    return replace(chat, turns=[_with_written_arguments(turn, wording) for turn in chat.turns])
+
+
+def _with_written_arguments(turn: Turn, wording: Wording) -> Turn:
+    if not calls(turn):
+        return turn
+    written = [
+        {**call, "function": {**call["function"], "arguments": wording.arguments(call)}}
+        if isinstance(call["function"]["arguments"], dict)
+        else call
+        for call in calls(turn)
+    ]
+    return {**turn, "tool_calls": written}
 
 
 def short_ids(chat: Chat, wording: Wording) -> Chat:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Literal
 
+from llama_worker._chat.calls import write_arguments
 from llama_worker._chat.format import CallSyntax, ChatFormat, Tagged
 from llama_worker._chat.format_data import with_data
 from llama_worker._chat.generic import GENERIC_CALLS
-from llama_worker._chat.probe import THOUGHT, Probe
+from llama_worker._chat.probe import NESTED, THOUGHT, Probe
 from llama_worker._chat.reading import read_calls
 from llama_worker._chat.template import ChatTemplate
 from llama_worker._chat.thoughts import read_reasoning, read_text, read_turn
@@ -45,6 +48,7 @@ def _derived(template: ChatTemplate) -> ChatFormat:
     reasoning = read_reasoning(probe)
     text = read_text(probe, reasoning)
     calls = read_calls(probe, reasoning, text)
+    given = _replayed(probe, calls)
     return ChatFormat(
         digest=template.digest,
         origin="derived",
@@ -54,16 +58,29 @@ def _derived(template: ChatTemplate) -> ChatFormat:
         takes_tools=probe.takes_tools,
         takes_calls=probe.takes_calls,
         arguments_as_text=probe.arguments_as_text,
-        values_as_text=calls is not None and _is_bare(calls) and probe.in_pythons_way,
+        values_as_text=given == "values",
+        arguments_as_written=given == "written",
         replays_reasoning=THOUGHT in probe.thought or THOUGHT in probe.thought_and_call,
         thinking_switch=probe.switch,
         turn_open=read_turn(probe, reasoning),
     )
 
 
-def _is_bare(calls: CallSyntax) -> bool:
+def _replayed(probe: Probe, calls: CallSyntax | None) -> Literal["plain", "values", "written"]:
+    """How tagged arguments must be given so that past calls come out as the model is held to write them: as they are;
+    what is no string as JSON text; or all of them as the text that the model writes. Plain where nothing helps."""
+    if calls is None or not isinstance(calls.arguments, Tagged) or calls.arguments.type_close is not None:
+        return "plain"
+    wanted = write_arguments(calls, NESTED, None)
+    if wanted in probe.replayed(NESTED):
+        return "plain"
+    as_text = {key: json.dumps(value) for key, value in NESTED.items()}
+    if _is_bare(calls.arguments) and wanted in probe.replayed(as_text):
+        return "values"
+    return "written" if wanted in probe.replayed(wanted) else "plain"
+
+
+def _is_bare(tags: Tagged) -> bool:
     """Whether strings stand as they are, between the same as all other values."""
-    tags = calls.arguments
-    if not isinstance(tags, Tagged) or tags.json_strings or tags.type_close is not None:
-        return False
-    return (tags.string_open, tags.string_close) == (tags.value_open, tags.value_close)
+    alike = (tags.string_open, tags.string_close) == (tags.value_open, tags.value_close)
+    return alike and not tags.json_strings

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from llama_worker._chat.format import CallSyntax, Slot, Tagged
+from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
 from llama_worker._chat.parameters import json_type, nullable_parameters, text_parameters
 from llama_worker._requests import ToolCall, ToolSpec
 
@@ -29,11 +29,33 @@ def write_calls(syntax: CallSyntax, calls: Sequence[ToolCall], tools: Sequence[T
     return syntax.section_open + between.join(written) + syntax.section_close
 
 
+def write_arguments(syntax: CallSyntax, arguments: dict[str, Any], tool: ToolSpec | None) -> str:
+    """The text of the arguments of one call; `tool` as in `write_calls`, None where it is not known."""
+    if isinstance(syntax.arguments, Tagged):
+        return _tagged(syntax.arguments, arguments, tool)
+    text = _json(arguments)
+    if syntax.arguments == "json":
+        return text
+    return _inner(text) if string_is_open(syntax) else _json(text)
+
+
 def name_in(syntax: CallSyntax, name: str) -> str:
     """How `name` stands in a call: escaped, where it stands in a JSON string."""
     at = syntax.call.index(Slot.NAME)
     before = syntax.call[at - 1] if at else syntax.section_open
     return _inner(name) if isinstance(before, str) and before.endswith('"') else name
+
+
+def beginning_of(syntax: CallSyntax, name: str) -> tuple[str, tuple[Part, ...]]:
+    """A call of the tool `name` up to its name and the text behind that, and the parts that follow.
+
+    For syntaxes whose calls may stand behind a text: there only texts stand before the name.
+    """
+    at = syntax.call.index(Slot.NAME)
+    before = "".join(part for part in syntax.call[:at] if isinstance(part, str))
+    after = syntax.call[at + 1 : at + 2]
+    behind = after[0] if after and isinstance(after[0], str) else ""
+    return syntax.section_open + before + name_in(syntax, name) + behind, syntax.call[at + 1 + bool(behind) :]
 
 
 def string_is_open(syntax: CallSyntax) -> bool:
@@ -48,18 +70,9 @@ def _write(syntax: CallSyntax, call: ToolCall, index: int, tool: ToolSpec | None
         Slot.NAME: lambda: name_in(syntax, call.name),
         Slot.ID: lambda: _NO_ID.sub("_", call.id) or f"call_{index}",
         Slot.INDEX: lambda: str(index),
-        Slot.ARGUMENTS: lambda: _arguments(syntax, call.arguments, tool),
+        Slot.ARGUMENTS: lambda: write_arguments(syntax, call.arguments, tool),
     }
     return "".join(part if isinstance(part, str) else words[part]() for part in syntax.call)
-
-
-def _arguments(syntax: CallSyntax, arguments: dict[str, Any], tool: ToolSpec | None) -> str:
-    if isinstance(syntax.arguments, Tagged):
-        return _tagged(syntax.arguments, arguments, tool)
-    text = _json(arguments)
-    if syntax.arguments == "json":
-        return text
-    return _inner(text) if string_is_open(syntax) else _json(text)
 
 
 def _tagged(syntax: Tagged, arguments: dict[str, Any], tool: ToolSpec | None) -> str:

@@ -71,7 +71,8 @@ class CallSyntax:
 
     `trigger` is the text from which on the model has begun to call: a beginning of the first call's text, long
     enough to be meant. With `only_at_start` it counts only where the reply begins; if it is empty then, nothing
-    marks a call, and a reply that begins neither with a thought nor as TextSyntax says is calls. `arguments`: "json"
+    marks a call, and a reply that begins neither with a thought nor as TextSyntax says is calls. `behind_text` is then
+    what stands between a text and calls; empty: none come behind a text. `arguments`: "json"
     an object, "json_string" an object as the text of a JSON string, or Tagged. `separator` None: one call a turn.
     Neither `section_open` nor the first call begins with a blank, but where nothing marks a call: blanks before the
     section mean nothing.
@@ -84,6 +85,7 @@ class CallSyntax:
     section_close: str = ""
     trigger: str
     only_at_start: bool = False
+    behind_text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,9 @@ class ChatFormat:
     written into the content (`generic.describe_tools`, `calls.write_calls`).
     `turn_open` is what it writes before a reply, without the beginning of a thought.
     `arguments_as_text`: it wants the arguments of past calls as JSON text. `values_as_text`: it writes each argument
-    by itself, and what is no string in Python's way (`True`, `None`) unless it is given as JSON text.
+    by itself, and what is no string in a way of its own (`True`, `None`, an element for each value in a list) unless
+    it is given as JSON text. `arguments_as_written`: it does so too, unless it is given all of them as one text, as
+    the model is held to write them.
     `replays_reasoning`: it writes the thoughts of past turns. `thinking_switch`: the variable that turns thinking on
     and off, if there is one.
     """
@@ -134,6 +138,7 @@ class ChatFormat:
     takes_calls: bool = False
     arguments_as_text: bool = False
     values_as_text: bool = False
+    arguments_as_written: bool = False
     replays_reasoning: bool = False
     thinking_switch: str | None = None
     turn_open: str = ""

@@ -34,6 +34,11 @@ def parameter_types(tool: ToolSpec) -> dict[str, frozenset[str]]:
     return dict(_typed(tool))
 
 
+def types_of(schema: object, root: Mapping[str, Any]) -> frozenset[str]:
+    """The JSON types of which a value of `schema`, which stands in `root`, may be."""
+    return _types(schema, root, [_MOST_SCHEMAS])
+
+
 def json_type(value: object) -> str:
     """The JSON name of a value's type; all numbers are "number"."""
     for kinds, name in _TYPES:
@@ -56,7 +61,7 @@ _ALL = frozenset(name for _, name in _TYPES)
 def _typed(tool: ToolSpec) -> Iterator[tuple[str, frozenset[str]]]:
     properties = tool.parameters.get("properties")
     for name, schema in properties.items() if isinstance(properties, Mapping) else ():
-        yield name, _types(schema, tool.parameters, [_MOST_SCHEMAS])
+        yield name, types_of(schema, tool.parameters)
 
 
 def _types(schema: object, root: Mapping[str, Any], left: list[int]) -> frozenset[str]:

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from itertools import groupby
 
 from llama_worker._chat.call_reader import CallReader
+from llama_worker._chat.calls import beginning_of
 from llama_worker._chat.format import CallSyntax, ChatFormat
 from llama_worker._chat.source import BLANKS, CutOffError, Reading, Source
 from llama_worker._events import ReasoningDelta, ReplyEvent, TextDelta, ToolCallDelta
@@ -42,7 +43,9 @@ class OutputParser:
 
     __slots__ = (
         "_answers",
+        "_behind_text",
         "_blanks",
+        "_calls_behind_text",
         "_calls_unmarked",
         "_close",
         "_events",
@@ -85,6 +88,9 @@ class OutputParser:
         self._trigger_at_start = syntax is not None and syntax.only_at_start
         # Nothing marks a call: what begins as nothing else is one.
         self._calls_unmarked = syntax is not None and not syntax.trigger
+        # Behind a text only a given tool's name makes one: the text may speak of what stands before it.
+        self._behind_text = syntax.behind_text if syntax else ""
+        self._calls_behind_text = _behind_text(syntax, tools) if syntax and self._behind_text else {}
         self._reader = None if syntax is None else self._call_reader(syntax, tools, new_id)
         self._thinking = in_reasoning and bool(self._close)
         self._thinks = thinks or not answers
@@ -177,6 +183,8 @@ class OutputParser:
             markers[self._open] = _Begins.THOUGHT
         if not (self._said and (self._trigger_at_start or self._answers)):
             markers[self._trigger] = _Begins.CALLS
+        if self._said and not self._answers:
+            markers |= self._calls_behind_text
         return {marker: markers[marker] for marker in sorted(markers, key=len) if marker}
 
     def _may_be_marked(self) -> bool:
@@ -184,8 +192,10 @@ class OutputParser:
         return not (self._answers and self._blanks) or (self._tagged and "".join(self._blanks) in ("\n", "\n\n"))
 
     def _met(self, marker: str, what: _Begins) -> _Begins:
-        """Read `marker`; but the trigger is part of the calls."""
-        if what is not _Begins.CALLS:
+        """Read `marker`; but the trigger is part of the calls, and so is the name behind a text."""
+        if marker in self._calls_behind_text:
+            self._source.take(len(self._behind_text))
+        elif what is not _Begins.CALLS:
             self._source.take(len(marker))
             self._blanks.clear()
             self._tagged = True
@@ -275,9 +285,14 @@ class OutputParser:
         """Wait for more. Where nothing is held back, pieces that cannot begin a marker are told without being read."""
         if self._source.is_empty and not self._blanks:
             self._plain = kind
-            self._first, self._second = (*(marker[0] for marker in markers), _NOTHING, _NOTHING)[:2]
+            # There are two at most: the end of the text, and what all calls begin with.
+            self._first, self._second = (*dict.fromkeys(marker[0] for marker in markers), _NOTHING, _NOTHING)[:2]
         yield from self._source.more()
         self._plain = None
+
+
+def _behind_text(syntax: CallSyntax, tools: Sequence[ToolSpec]) -> dict[str, _Begins]:
+    return {syntax.behind_text + beginning_of(syntax, tool.name)[0]: _Begins.CALLS for tool in tools}
 
 
 def _joined(events: Iterable[ReplyEvent]) -> Iterator[ReplyEvent]:

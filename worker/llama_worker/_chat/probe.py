@@ -6,7 +6,6 @@ The names, ids and values in them are unique words, so what stands between the w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,6 +25,8 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
     {KEYS[0]: STRINGS[0], KEYS[1]: NUMBERS[0]},
     {KEYS[0]: NUMBERS[1], KEYS[1]: STRINGS[1]},
 )
+NESTED: dict[str, Any] = {KEYS[0]: {"qxk3": ["qxv3", True, None]}, KEYS[1]: None}
+"""What templates write in ways of their own, rather than as JSON."""
 CONTENT, THOUGHT = "qxcontent", "qxthought"
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The names under which templates look for the thoughts of past turns."""
@@ -110,6 +111,10 @@ class Probe:
         return self._render([{**_calling(ARGUMENTS[:1], self.arguments_as_text), **_THOUGHTS}], given=self._thinking)
 
     @cached_property
+    def text_and_call(self) -> str:
+        return self._render([{**_calling(ARGUMENTS[:1], self.arguments_as_text), "content": CONTENT}])
+
+    @cached_property
     def thinking_prompt(self) -> str:
         return self._render([], add_generation_prompt=True, given=self._thinking)
 
@@ -125,10 +130,9 @@ class Probe:
             return False
         return self._names_tool(self._render([_calling(ARGUMENTS[:1], True)]))
 
-    @cached_property
-    def in_pythons_way(self) -> bool:
-        """Whether a value that is no string comes out as Python writes it."""
-        return re.search(r"\bTrue\b", self.after_prompt(self._render([_calling([{KEYS[0]: True}], False)]))) is not None
+    def replayed(self, arguments: dict[str, Any] | str) -> str:
+        """A past call with these arguments, or with this text in their place."""
+        return self.after_prompt(self._render([_calling([arguments], False)]))
 
     @cached_property
     def takes_tools(self) -> bool:
@@ -190,7 +194,7 @@ class Probe:
 _THOUGHTS = dict.fromkeys(THOUGHT_KEYS, THOUGHT)
 
 
-def _calling(arguments: Sequence[dict[str, Any]], as_text: bool) -> Turn:
+def _calling(arguments: Sequence[dict[str, Any] | str], as_text: bool) -> Turn:
     calls = [
         {
             "id": id_,

@@ -9,7 +9,7 @@ from typing import Literal
 from llama_worker._chat.call_words import Calls, Word
 from llama_worker._chat.format import CallSyntax, Part, ReasoningSyntax, Slot, Tagged, TextSyntax
 from llama_worker._chat.marks import ANY_TAG, common_suffix, whole_prefix
-from llama_worker._chat.probe import ARGUMENTS, Probe
+from llama_worker._chat.probe import ARGUMENTS, CONTENT, NAMES, Probe
 from llama_worker._chat.tagged import read_tagged
 from llama_worker._chat.thoughts import without_thought
 
@@ -45,7 +45,16 @@ def read_calls(probe: Probe, reasoning: ReasoningSyntax | None, text: TextSyntax
         section_close=frame.section_close,
         trigger=trigger,
         only_at_start=only_at_start,
+        behind_text="" if trigger else _behind_text(probe, frame),
     )
+
+
+def _behind_text(probe: Probe, frame: _Frame) -> str:
+    """What stands between a text and a call that nothing marks, where the call begins with the tool's name."""
+    said = probe.text_and_call.partition(CONTENT)[2]
+    between, found, _ = said.partition(NAMES[0])
+    begins_so = frame.call[0] is Slot.NAME and isinstance(frame.call[1], str) and not frame.section_open
+    return between if found and begins_so else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

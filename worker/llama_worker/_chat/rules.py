@@ -17,12 +17,14 @@ from llama_worker._chat.adaptations import (
     fold_system,
     merge_runs,
     one_call_a_turn,
+    open_objects,
     results_from_user,
     short_ids,
     text_arguments,
     text_before_calls,
     text_into_answer,
     text_values,
+    written_arguments,
 )
 from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.turns import Turn, calls
@@ -42,7 +44,8 @@ class Rule:
     """One change, in words for the log.
 
     `weight`: how much it changes. `needs`: the chat must have one of these for it to change anything. `mends`:
-    when these are dropped, it may help.
+    when these are dropped, it may help. `searched`: it is tried where others do not help; else only where the format
+    says that it is needed.
     """
 
     words: str
@@ -50,6 +53,7 @@ class Rule:
     weight: int
     needs: str = ""
     mends: str = ""
+    searched: bool = True
 
 
 Plan: TypeAlias = tuple[Rule, ...]
@@ -86,7 +90,8 @@ class Search:
 
     def __init__(self, chat: Chat, without: Container[Rule] = ()) -> None:
         has = set(_has(chat))
-        needed = [(i, set(rule.needs.split())) for i, rule in enumerate(RULES) if rule not in without]
+        rules = [(i, rule) for i, rule in enumerate(RULES) if rule.searched and rule not in without]
+        needed = [(i, set(rule.needs.split())) for i, rule in rules]
         self._rules = [i for i, needs in needed if not needs or needs & has]
         self._seen: set[tuple[int, ...]] = set()
         self._most_tries = max(_FEWEST_TRIES, _MOST_TRIES * _SHORT // max(_SHORT, _length(chat)))
@@ -156,6 +161,13 @@ _TEXT_ARGUMENTS = Rule(
 _TEXT_VALUES = Rule(
     "in the arguments of calls, what is no text is given as JSON text", text_values, weight=2, needs="calls"
 )
+_WRITTEN_ARGUMENTS = Rule(
+    "the arguments of calls are given as the text that the model writes",
+    written_arguments,
+    weight=2,
+    needs="calls",
+    searched=False,
+)
 _ONE_CALL = Rule(
     "each call is a message of its own, with its result behind it",
     one_call_a_turn,
@@ -172,8 +184,10 @@ _RESULTS_FROM_USER = Rule(
 RULES = (
     _DESCRIBE,
     Rule("parameters without one type or a description get one", fill_parameters, weight=1, needs="tools"),
+    Rule("parameters that are objects say that they may have any others", open_objects, weight=1, needs="tools"),
     _TEXT_ARGUMENTS,
     _TEXT_VALUES,
+    _WRITTEN_ARGUMENTS,
     Rule("the ids of calls are rewritten as nine letters and digits", short_ids, weight=1, needs="calls tool"),
     Rule(
         "what was said beside a call is put before the answer that follows",
@@ -218,6 +232,7 @@ def known_rules(format: ChatFormat | None) -> Plan:
         _DESCRIBE: not format.takes_tools,
         _TEXT_ARGUMENTS: format.arguments_as_text and format.takes_calls,
         _TEXT_VALUES: format.values_as_text and format.takes_calls,
+        _WRITTEN_ARGUMENTS: format.arguments_as_written and format.takes_calls,
         _ONE_CALL: format.takes_calls and format.calls is not None and format.calls.separator is None,
         _CALLS_IN_TEXT: not format.takes_calls,
         # A model that was not taught to call tools knows no role for their results either.

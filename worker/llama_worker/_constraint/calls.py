@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from llama_worker._chat.calls import name_in, string_is_open
+from llama_worker._chat.calls import beginning_of, name_in, string_is_open
 from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
 from llama_worker._constraint.escaped import EscapedJson
 from llama_worker._constraint.plain_json import json_text
@@ -49,15 +49,24 @@ class Calls:
 
     def whole(self) -> Node:
         """All calls of a turn, from the first character on."""
-        return self._turn("")
+        return self._turn(self._any(""))
 
     def behind_trigger(self) -> Node:
         """All calls of a turn, without the trigger at their beginning."""
-        return self._turn(self.syntax.trigger)
+        return self._turn(self._any(self.syntax.trigger))
 
-    def _turn(self, said: str) -> Node:
+    def behind_text(self) -> list[tuple[str, Node]]:
+        """For each tool how its call begins behind a text, and all calls of a turn without that beginning."""
+        begun = [(tool, *beginning_of(self.syntax, tool.name)) for tool in self.tools if self.syntax.behind_text]
+        return [(self.syntax.behind_text + text, self._turn(self._call(tool, rest))) for tool, text, rest in begun]
+
+    def _any(self, said: str) -> Node:
+        """One call of any tool, without `said` at its beginning."""
+        parts = _cut((self.syntax.section_open, *self.syntax.call), said)
+        return either(*(self._call(tool, parts) for tool in self.tools))
+
+    def _turn(self, first: Node) -> Node:
         syntax = self.syntax
-        first = either(*(self._call(tool, _cut((syntax.section_open, *syntax.call), said)) for tool in self.tools))
         more: Node | None = None
         if self.parallel and syntax.separator is not None:
             more = Many(either(*(self._call(tool, (syntax.separator or "", *syntax.call)) for tool in self.tools)))

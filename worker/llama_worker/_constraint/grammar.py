@@ -104,7 +104,7 @@ class _Reply:
         if self._request.tool_choice != "auto":
             return calls.whole()
         if not calls.syntax.trigger:
-            return either(calls.whole(), self._text(self._spoken(), marked=True))
+            return either(calls.whole(), self._text(self._spoken_before(calls), marked=True))
         begun = row(self._marker(calls.syntax.trigger), calls.behind_trigger())
         if self._answer is not None and self._answer.schemas and begins_as_json(calls.syntax):
             return self._json_union(calls, self._answer)
@@ -168,6 +168,13 @@ class _Reply:
     def _spoken(self) -> Node:
         """Any text, or the one that is wanted."""
         return Span(unless=self._beginnings()) if self._answer is None else self._answered()
+
+    def _spoken_before(self, calls: Calls) -> Node:
+        """As `_spoken`; behind any text calls may come."""
+        behind = calls.behind_text() if self._answer is None else []
+        unless, marks = self._beginnings(), tuple(text for text, _ in behind)
+        called = (row(Span(close=text, unless=unless, marks=marks), rest) for text, rest in behind)
+        return either(*called, Span(unless=unless, marks=marks)) if behind else self._spoken()
 
     def _answered(self) -> Node:
         assert self._answer is not None
