@@ -46,7 +46,7 @@ def failed_assertion_on_a_native_thread(engine: LlamaEngine) -> None:
 def _sample_a_row_without_logits(engine: LlamaEngine, sample: Callable[..., int]) -> None:
     generator = engine._generator
     assert generator is not None
-    sample(library().api.llama_sampler_init_greedy(), generator._context, 0)
+    sample(library().api.llama_sampler_init_greedy(), generator.context, 0)
 
 
 KINDS: dict[str, Callable[[LlamaEngine], None]] = {

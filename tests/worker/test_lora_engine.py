@@ -144,7 +144,7 @@ def test_cells_of_other_adapters_are_wrong_ones(tiny_llama: Path, style: Path):
     engine.use_loras(BASE)
     generator = engine._generator
     assert generator is not None
-    generator._marks = [BASE.mark] * 4  # as if they were the model's own
+    generator.sequences.marks = [BASE.mark] * 4  # as if they were the model's own
     rows = []
     for token in numbers(40)[-7:]:
         assert engine.decode([Span(0, engine.seq_end(0), np.array([token]), True)]) is DecodeStatus.OK

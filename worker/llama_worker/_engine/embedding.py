@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from llama_worker._config import ModelConfig, Pooling
-from llama_worker._engine.base import Aborted, DecodeStatus, Floats, ModelInfo, TokenIds
+from llama_worker._engine.base import Aborted, DecodeStatus, EngineLimits, Floats, ModelInfo, TokenIds
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.library import Library, Pointer
@@ -79,6 +79,21 @@ def embedding_limits(config: ModelConfig, info: ModelInfo) -> tuple[int, int, in
 def can_embed(config: ModelConfig, info: ModelInfo) -> bool:
     """Whether pooling yields a vector; a reranker's own pooling yields a score."""
     return config.pooling != "model" or info.pooling != "rank"
+
+
+def check_texts(texts: Sequence[TokenIds], limits: EngineLimits) -> None:
+    """Raises ValueError for texts that the embedding context would abort for."""
+    lengths = [len(text) for text in texts]
+    if len(texts) > limits.n_embed_seq or sum(lengths) > limits.n_embed_tokens:
+        raise ValueError(
+            f"{len(texts)} texts of {sum(lengths)} tokens: at most {limits.n_embed_seq} texts "
+            f"and {limits.n_embed_tokens} tokens a call"
+        )
+    if lengths and not 0 < min(lengths) <= max(lengths) <= limits.n_embed_text:
+        raise ValueError(f"texts of {min(lengths)} … {max(lengths)} tokens: must be 1 … {limits.n_embed_text}")
+    for text in texts:
+        if text.min() < 0 or text.max() >= limits.n_vocab:
+            raise ValueError(f"token ids {text.min()} … {text.max()}: the model has 0 … {limits.n_vocab - 1}")
 
 
 def _context_params(api: Any, config: ModelConfig, info: ModelInfo) -> Any:

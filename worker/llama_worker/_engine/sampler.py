@@ -40,6 +40,27 @@ class SamplingVocab:
     suppressed: frozenset[int]
 
 
+def sampling_vocab(lib: Library, model: Pointer, n_ctx: int) -> SamplingVocab:
+    """What the loaded `model` says of its tokens."""
+    vocab: Pointer = lib.api.llama_model_get_vocab(model)
+    n_tokens = int(lib.api.llama_vocab_n_tokens(vocab))
+    return SamplingVocab(
+        pointer=vocab,
+        n_tokens=n_tokens,
+        n_ctx=n_ctx,
+        end_tokens=frozenset(token for token in range(n_tokens) if lib.short.llama_vocab_is_eog(vocab, token)),
+        suppressed=_suppressed(lib.api, vocab),
+    )
+
+
+def _suppressed(api: Any, vocab: Pointer) -> frozenset[int]:
+    if not hasattr(api, "llama_vocab_get_suppress_tokens"):
+        return frozenset()
+    n = ctypes.c_int32(0)
+    tokens = api.llama_vocab_get_suppress_tokens(vocab, ctypes.byref(n))
+    return frozenset(tokens[: n.value]) if tokens and n.value > 0 else frozenset()
+
+
 class LlamaSampler:
     """A chain and its state. Belongs to one generation and to the engine's thread.
 
