@@ -16,7 +16,8 @@ from llama_worker._constraint.grammar import grammar_of
 from llama_worker._constraint.rules import Grammar
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._errors import GenerationError
-from llama_worker.testing import IM_END, ByteTokenizer
+from llama_worker.testing import ByteTokenizer
+from llama_worker.testing._tokenizer import IM_END
 from tests.constraint.walks import (
     COMPILER,
     PLAIN,

@@ -22,7 +22,7 @@ from llama_worker._constraint.grammar import grammar_of
 from llama_worker._constraint.matcher import Constraint
 from llama_worker._events import InvalidToolCall, ReasoningDelta, ReplyEvent, TextDelta, ToolCallEnded
 from llama_worker._requests import ToolCall
-from llama_worker.testing import IM_END
+from llama_worker.testing._tokenizer import IM_END
 from tests.chat.templates import shipped_templates
 from tests.constraint.walks import (
     PLAIN,

@@ -17,7 +17,8 @@ from llama_worker._constraint.grammar import grammar_of
 from llama_worker._constraint.matcher import Constraint
 from llama_worker._engine.base import TokenIds, Vocabulary
 from llama_worker._requests import GenerationRequest, Message, ResponseFormat
-from llama_worker.testing import IM_END, ByteTokenizer
+from llama_worker.testing import ByteTokenizer
+from llama_worker.testing._tokenizer import IM_END
 
 PROOF = bool(os.environ.get("LLAMA_WORKER_PROOF"))
 VOCABULARY = ByteTokenizer()

@@ -32,13 +32,13 @@ from llama_worker._engine.base import DecodeStatus, LoadedModel, TokenIds
 from llama_worker.testing import (
     ByteTokenizer,
     FakeEngine,
-    FakeSampler,
     Fault,
     Gate,
     assert_well_formed,
     fake_loader,
     fake_worker,
 )
+from llama_worker.testing._sampler import FakeSampler
 from tests.worker.waiting import in_thread, wait_until
 
 STATES = ["seq_save", "seq_restore"]

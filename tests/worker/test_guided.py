@@ -15,7 +15,8 @@ from llama_worker._commands import Generate
 from llama_worker._engine.base import DecodeStatus, Mask
 from llama_worker._events import ReasoningDelta, ReplyEvent, TextDelta
 from llama_worker._guide import Guide
-from llama_worker.testing import IM_END, ByteTokenizer, Fault, fake_loader
+from llama_worker.testing import ByteTokenizer, Fault, fake_loader
+from llama_worker.testing._tokenizer import IM_END
 from tests.worker.bench import Bench, ListSink
 
 N_VOCAB = ByteTokenizer.n_tokens

@@ -15,7 +15,8 @@ from llama_worker import GenerationError, ModelConfig, SamplingParams
 from llama_worker._engine import masking
 from llama_worker._engine.base import DecodeStatus, Engine, Mask, Sampler, Span
 from llama_worker._engine.llama import LlamaEngine, load
-from llama_worker.testing import IM_END, FakeEngine, fake_limits
+from llama_worker.testing import FakeEngine, fake_limits
+from llama_worker.testing._tokenizer import IM_END
 
 pytestmark = pytest.mark.engine
 

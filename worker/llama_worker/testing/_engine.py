@@ -1,208 +1,39 @@
-"""An engine without a model: for this package's tests and for yours.
-
-    from llama_worker.testing import fake_worker
-
-    with fake_worker("Hello!", "Goodbye.") as worker:
-        assert worker.generate([{"role": "user", "content": "Hi"}]).text == "Hello!"
-
-FakeEngine keeps a KV cache like llama.cpp's, token by token, with the same limits, return codes and
-refusals, and its next token depends on everything that the sequence holds: a scheduler that loses,
-repeats or mixes up a token produces another text. It is held to the same contract tests as the real one.
-"""
+"""FakeEngine: a KV cache like llama.cpp's, token by token, under a model that is a hash of what it holds."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from llama_worker._config import ModelConfig, WorkerConfig
 from llama_worker._engine.base import (
     Aborted,
     DecodeStatus,
     EngineLimits,
     Floats,
-    LoadedModel,
-    Loader,
     LoraInfo,
     Mask,
-    ModelInfo,
     Sampler,
     SavedState,
     Span,
     StateError,
     TokenIds,
-    outputs_of,
 )
 from llama_worker._engine.state import Unsealed, fingerprint, opened
-from llama_worker._errors import GenerationError, InvalidRequestError, LoraLoadError, UnsupportedFeatureError
-from llama_worker._events import assert_well_formed
+from llama_worker._errors import GenerationError, LoraLoadError, UnsupportedFeatureError
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._requests import SamplingParams
-from llama_worker._worker import LlamaWorker
+from llama_worker.testing._faults import Call, FakeAbortFlag, Fault, Gate
+from llama_worker.testing._sampler import CLOSING, FakeSampler
+from llama_worker.testing._tokenizer import IM_END
 
-__all__ = ["ByteTokenizer", "FakeEngine", "Fault", "Gate", "assert_well_formed", "fake_loader", "fake_worker"]
-
-IM_START, IM_END, BOS = 256, 257, 258
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<s>": BOS}
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", np.uint8)
-_CLOSING = (IM_END, *b'"}])>')
-_LIKELY = np.array([*sorted(set(_LETTERS.tolist())), *_CLOSING])
-
-Call: TypeAlias = Literal[
-    "decode",
-    "sample",
-    "logits",
-    "new_sampler",
-    "seq_end",
-    "seq_trim",
-    "seq_clear",
-    "seq_share",
-    "seq_save",
-    "seq_restore",
-    "load_lora",
-    "free_lora",
-    "use_loras",
-    "embed",
-    "close",
-]
-
-
-class ByteTokenizer:
-    """A Vocabulary in which every byte is a token, beside <|im_start|>, <|im_end|> and <s>."""
-
-    n_tokens = 259
-    pieces: Sequence[bytes] = tuple([bytes([b]) for b in range(256)] + [text.encode() for text in _SPECIAL])
-    end_tokens = frozenset({IM_END})
-    control_texts: Sequence[str] = tuple(sorted(_SPECIAL, key=len, reverse=True))
-    bos_text = "<s>"
-    eos_text = "<|im_end|>"
-
-    def __init__(self) -> None:
-        self.n_calls = 0
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool, after: int | None = None) -> TokenIds:
-        """See Vocabulary.tokenize."""
-        self.n_calls += 1
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidRequestError("text", text, f"it is no valid Unicode: {exc.reason}") from None
-        ids: list[int] = [BOS] if add_special else []
-        for part in _split_special(text) if parse_special else [text]:
-            ids += [_SPECIAL[part]] if parse_special and part in _SPECIAL else list(part.encode())
-        return np.array(ids, np.int32)
-
-
-def _split_special(text: str) -> list[str]:
-    parts = [text]
-    for special in _SPECIAL:
-        parts = [piece for part in parts for piece in _cut(part, special)]
-    return [part for part in parts if part]
-
-
-def _cut(text: str, special: str) -> list[str]:
-    if text in _SPECIAL:
-        return [text]
-    pieces = text.split(special)
-    return [x for piece in pieces for x in (special, piece)][1:]
-
-
-@dataclass(slots=True)
-class Fault:
-    """Make the `nth` call (from 1) of one engine method go wrong.
-
-    `how`: an exception to raise; a DecodeStatus that `decode` returns; or "hang": the call does not
-    return until the abort flag is raised, as a decode that takes for ever.
-    """
-
-    call: Call
-    how: Exception | DecodeStatus | Literal["hang"]
-    nth: int = 1
-
-
-class Gate:
-    """Holds the engine before a decode, so that a test can look at a worker in the middle of its work."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._reached = threading.Event()
-        self._open.set()
-
-    def shut(self) -> None:
-        """Hold the next decode."""
-        self._reached.clear()
-        self._open.clear()
-
-    def wait_reached(self, timeout: float = 10.0) -> None:
-        """Wait until a decode is held. Raises TimeoutError."""
-        if not self._reached.wait(timeout):
-            raise TimeoutError("no decode came to the gate")
-
-    def open(self) -> None:
-        """Let the held decode, and all others, pass."""
-        self._open.set()
-
-    def _pass(self, abort: FakeAbortFlag) -> None:
-        if not self._open.is_set():
-            self._reached.set()
-            while not self._open.wait(0.001):
-                if abort.raised.is_set():
-                    return
-
-
-class FakeAbortFlag:
-    """An AbortFlag that a hanging call can wait for."""
-
-    def __init__(self) -> None:
-        self.raised = threading.Event()
-
-    def raise_(self) -> None:
-        self.raised.set()
-
-    def clear(self) -> None:
-        self.raised.clear()
-
-
-@dataclass(slots=True, eq=False)
-class FakeSampler:
-    """Deals out a scripted reply byte by byte, or takes the likeliest token.
-
-    Under a mask it deals out the next scripted byte that is allowed and drops those before it, so a script may be
-    looser than a grammar: blanks that it does not take are left out. Where no byte of it is allowed it waits:
-    the reply ends if it may, else something is closed that is open, else the first token comes.
-    """
-
-    script: deque[int] | None
-    ignore_eos: bool
-    closed: bool = False
-
-    def accept(self, token: int) -> None:
-        """A token came without being sampled: the script goes on behind it."""
-        if self.script and self.script[0] == token:
-            self.script.popleft()
-
-    def next_of(self, allowed: frozenset[int]) -> int:
-        """The next scripted token that is allowed."""
-        script = self.script or ()
-        for skipped, token in enumerate(script):
-            if token in allowed:
-                self.script = deque(itertools.islice(script, skipped + 1, None))
-                return token
-        return next((token for token in _CLOSING if token in allowed), min(allowed))
-
-    def close(self) -> None:
-        self.closed = True
+_LIKELY = np.array([*sorted(set(_LETTERS.tolist())), *CLOSING])
 
 
 @dataclass(slots=True)
@@ -527,88 +358,3 @@ class FakeEngine:
 def _random(seed: bytes, n: int) -> Floats:
     key = int.from_bytes(blake2b(seed, digest_size=8).digest(), "little")
     return np.random.default_rng(key).standard_normal(n).astype(np.float32)
-
-
-def fake_limits(config: ModelConfig, *, hybrid: bool = False, embedding: bool = False) -> EngineLimits:
-    return EngineLimits(
-        n_ctx=config.n_kv_cells or config.n_ctx or 4096,
-        n_batch=config.n_batch,
-        n_ubatch=config.n_ubatch,
-        n_seq=config.n_parallel,
-        n_outputs=outputs_of(config),
-        n_vocab=ByteTokenizer.n_tokens,
-        n_embd=16,
-        can_trim=not hybrid,
-        can_share=not hybrid,
-        generates=not embedding,
-        embeds=True,
-        n_embed_tokens=512,
-        n_embed_text=256,
-        n_embed_seq=32,
-        can_save=not embedding,
-        can_trim_restored=not hybrid,
-        needs_checkpoints=hybrid,
-        n_loras=0 if embedding else 8,
-        state_mark=fingerprint(config.model, config.type_k, config.type_v, config.flash_attn, config.swa_full),
-    )
-
-
-def fake_info(config: ModelConfig, *, hybrid: bool = False, embedding: bool = False) -> ModelInfo:
-    return ModelInfo(
-        name=config.model.rpartition("/")[2],
-        path=config.model,
-        architecture="fake",
-        size=0,
-        n_params=0,
-        n_vocab=ByteTokenizer.n_tokens,
-        n_ctx_train=8192,
-        n_embd=16,
-        n_layer=1,
-        n_head=1,
-        n_head_kv=1,
-        chat_template=CHATML,
-        pooling="mean" if embedding else None,
-        is_recurrent=False,
-        is_hybrid=hybrid,
-        n_swa=0,
-        is_embedding=embedding,
-        digest=blake2b(config.model.encode(), digest_size=16).hexdigest(),
-    )
-
-
-def fake_loader(
-    *replies: str,
-    faults: Sequence[Fault] = (),
-    gate: Gate | None = None,
-    hybrid: bool = False,
-    embedding: bool = False,
-    seen: Callable[[FakeEngine], Any] | None = None,
-) -> Loader:
-    """A loader for LlamaWorker(…, loader=…). `seen` is called with each engine that is loaded.
-
-    `hybrid` engines cannot trim or share; `embedding` engines cannot generate.
-    """
-
-    def load(config: ModelConfig) -> LoadedModel:
-        limits = fake_limits(config, hybrid=hybrid, embedding=embedding)
-        engine = FakeEngine(limits, replies=replies, faults=list(faults), gate=gate or Gate())
-        if seen is not None:
-            seen(engine)
-        info = fake_info(config, hybrid=hybrid, embedding=embedding)
-        return LoadedModel(engine=engine, vocabulary=ByteTokenizer(), info=info)
-
-    return load
-
-
-def fake_worker(
-    *replies: str,
-    loader: Loader | None = None,
-    worker_config: WorkerConfig | None = None,
-    model: str = "fake://model",
-    **config: Any,
-) -> LlamaWorker:
-    """A LlamaWorker over a FakeEngine that answers with `replies` in turn.
-
-    Without replies the text follows from the prompt's tokens. `config`: fields of ModelConfig.
-    """
-    return LlamaWorker(ModelConfig(model=model, **config), worker_config, loader=loader or fake_loader(*replies))
