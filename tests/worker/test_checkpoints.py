@@ -172,8 +172,8 @@ def test_a_checkpoint_one_token_too_far_would_be_noticed(checkpointed: str, open
 
 def make_off_by_one(cache: PrefixCache) -> None:
     """A cache that takes one token more for common than is."""
-    reachable = cache._reachable
-    cache._reachable = lambda slot, length: reachable(slot, length + 1)  # type: ignore[method-assign]
+    reachable = cache.reach.reachable
+    cache.reach.reachable = lambda slot, length: reachable(slot, length + 1)  # type: ignore[method-assign]
 
 
 def test_agents_with_one_system_prompt_compute_it_once(checkpointed: str, opened):

@@ -92,13 +92,13 @@ class Run:
 
 def make_off_by_one(cache: PrefixCache) -> None:
     """A cache that takes one token more for common than is."""
-    usable = cache._usable
+    usable = cache.reach.usable
 
     def wrong(slot: Slot, prompt: TokenIds) -> int:
         length = usable(slot, prompt)
         return min(length + 1, slot.n, len(prompt) - 1) if length else 0
 
-    cache._usable = wrong  # type: ignore[method-assign]
+    cache.reach.usable = wrong  # type: ignore[method-assign]
 
 
 @lru_cache(maxsize=16)

@@ -179,7 +179,7 @@ def blind(cache: PrefixCache) -> None:
     """A cache that looks at tokens alone."""
 
     def match(prompt: TokenIds, session: str | None = None, *, kv: KVIdentity = BASE) -> tuple[Slot | None, int]:
-        usable = [(cache._usable(slot, prompt), -slot.seq, slot) for slot in cache.slots]
+        usable = [(cache.reach.usable(slot, prompt), -slot.seq, slot) for slot in cache.slots]
         length, _, slot = max(usable)
         return (slot, length) if length else (None, 0)
 

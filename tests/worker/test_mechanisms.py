@@ -68,7 +68,7 @@ class Story:
         cache, scheduler = self.run.cache, self.run.bench.scheduler
         if not self.on.sharing:
             scheduler._limits = replace(scheduler._limits, can_share=False)
-            cache._can_share = False
+            cache.reach.can_share = False
         if not self.on.checkpoints:
             cache.checkpoints.budget = 0
         if not self.on.ram:
@@ -185,16 +185,17 @@ def test_answers_are_those_of_a_fresh_engine(kind: str, on: Mechanisms, told):
 
 def one_too_far(run: Run) -> None:
     """A cache that takes one token more for common than is."""
-    usable, reachable, can_trim = run.cache._usable, run.cache._reachable, run.cache._can_trim
+    reach = run.cache.reach
+    usable, reachable = reach.usable, reach.reachable
 
     def wrong(slot, prompt):  # type: ignore[no-untyped-def]
         length = usable(slot, prompt)
         return min(length + 1, slot.n, len(prompt) - 1) if length and length < slot.n else length
 
-    if can_trim:
-        run.cache._usable = wrong  # type: ignore[method-assign]
+    if reach.can_trim:
+        reach.usable = wrong  # type: ignore[method-assign]
     else:
-        run.cache._reachable = lambda slot, length: reachable(slot, length + 1)  # type: ignore[method-assign]
+        reach.reachable = lambda slot, length: reachable(slot, length + 1)  # type: ignore[method-assign]
 
 
 def test_one_token_too_many_taken_for_common_is_noticed(kind: str, told):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_worker._checkpoints import MOST
-from llama_worker._prefix_cache import Loan, PrefixCache
+from llama_worker._loan import Loan
+from llama_worker._prefix_cache import PrefixCache
 from llama_worker._seq_ops import Clear, Restore, Share, Trim
 
 

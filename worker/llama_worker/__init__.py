@@ -14,8 +14,8 @@ The house, from the outside in:
     _meter         counts what that thread does; _metrics, _health and _diagnostics say it to others
     _telemetry     says it to OpenTelemetry, _exporter to other processes: _top shows it there
     _scheduler     who is served next; _generation, _prefix_cache, _pace and _foresight are what it decides with
-    _prefix_cache  which _slot holds which tokens and what to start from, by the count of _cells; what that asks of the
-                   engine is said in _seq_ops
+    _prefix_cache  lends each prompt a _slot (a _loan): _start says what to begin with, _eviction who makes room, _reach
+                   how far back one can go; _books and _cells say who holds what, _seq_ops what the engine has to do
     _checkpoints   what models that cannot trim go back to; _boundaries of prompts are where they are taken
     _ram_tier      what was evicted, each an _entry of bytes, kept where that pays, says _thrift; _disk_tier beneath it,
                    over _disk and _disk_store; _disk_line: what waits to be written, _superseding: what is needless then

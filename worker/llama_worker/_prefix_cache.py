@@ -1,24 +1,9 @@
 """Which sequence holds which tokens, and which of them a new prompt may start from.
 
 A Slot is a place: one llama.cpp seq_id and the tokens whose KV it holds. It outlives requests, so prefix
-reuse is the question which slot already holds most of a prompt. Three answers, in this order (and a fourth
-before them, where what was saved in RAM holds clearly more: see `_ram_tier`):
-
-1. take over: an idle slot that would be reused (nearly) whole is lent as it is, its tail trimmed;
-2. share: the prefix is copied into a slot of its own; in a unified KV cache the copy is free, the cells
-   are only marked as belonging to both sequences. This is how many agents share one system prompt;
-3. start over: the slot whose loss costs least is cleared.
-
-A model that cannot cut a tail off goes back to a checkpoint instead of the exact place (see `_checkpoints`);
-over a copy of the cells, such a checkpoint makes a sequence of its own as well.
-
-All of this is among sequences of one KVIdentity only: cells that were computed with other adapters are as good
-as none.
-
-Cells, not tokens, are what the cache is short of: a shared prefix occupies its cells once. `Cells` keeps
-the count that llama.cpp does not report.
-
-What makes room is what is missed least: few tokens that nobody else holds, not used for long, never continued.
+reuse is the question which slot already holds most of a prompt. The answers, and what they are tried in order of,
+stand in `_start`; who makes room for it, in `_eviction`; how far back a sequence can go, in `_reach`. These decide and
+change nothing. `_books` knows who holds what. The PrefixCache asks the first and writes into the last.
 
 Everything here is bookkeeping. What must be done to the engine is returned as KVOps, in order, and the
 books already say that it was done: a decision changes the state it was decided from, at once.
@@ -26,72 +11,28 @@ books already say that it was done: a decision changes the state it was decided 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llama_worker._cells import Cells
-from llama_worker._checkpoints import (
-    MOST,
-    WORTH_KEEPING,
-    Checkpoint,
-    Checkpoints,
-    count_within,
-    least_valuable,
-    within,
-)
+from llama_worker._books import Books
+from llama_worker._checkpoints import Checkpoints
 from llama_worker._engine.base import SavedState
 from llama_worker._entry import WORTH_SAVING, Entry
+from llama_worker._eviction import cheapest_cut, cheapest_idle
 from llama_worker._identity import BASE, KVIdentity
+from llama_worker._loan import Aside, Loan
 from llama_worker._pins import Pin
 from llama_worker._ram_tier import RamTier
-from llama_worker._seq_ops import Clear, KVOp, Restore, Save, Share, Trim
+from llama_worker._reach import Reach
+from llama_worker._seq_ops import Clear, KVOp, Restore, Save, Share
 from llama_worker._slot import Slot
-from llama_worker._tokens import TokenIds, common_prefix
-
-NEARLY_WHOLE = 32
-"""An idle slot that loses at most this many tokens is taken over rather than shared: keeping so short a
-tail for others would cost a slot."""
-
-WORTH_SHARING = 8
-"""A shorter common prefix is decoded again: sharing it would keep two sequences tied for nothing."""
+from llama_worker._start import WORTH_SHARING, Copy, Recall, TakeOver, best_start, can_recall, longest_held
+from llama_worker._tokens import TokenIds
 
 _UNKNOWN = np.array([-1], np.int32)
 """Stands for the next token of a prompt of which only the beginning is known."""
-
-
-CONTINUED = 5
-"""What a prompt continued before is so many times as likely to be continued again. In simulated mixes of conversations
-and single questions over 4 to 8 slots this, times the tokens lost, over the age, left 1 to 10 % fewer tokens to decode
-than giving up what was used longest ago."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loan:
-    """A slot for a prompt, how many of the prompt's tokens it holds already, and what the engine must do.
-
-    `recalled` is the entry that it was restored from, if it was.
-    """
-
-    slot: Slot
-    reused: int
-    ops: tuple[KVOp, ...]
-    recalled: Entry | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Aside:
-    """What `slot` holds, while it is used for something else: see `PrefixCache.put_aside`."""
-
-    slot: Slot
-    tokens: TokenIds
-    state: SavedState
-    kv: KVIdentity
-    checkpoints: tuple[Checkpoint, ...]
-    pins: tuple[tuple[Pin, int], ...]
-    continued: bool
-    last_used: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +66,23 @@ class PrefixCache:
         can_trim_restored: bool = False,
         budget: int = 0,
     ) -> None:
-        self.slots = [Slot(seq) for seq in range(n_seq)]
-        self.cells = Cells(n_cells)
-        self._can_trim = can_trim
-        self._can_share = can_share and can_trim
-        self._needs_checkpoints = needs_checkpoints
-        self._can_trim_restored = can_trim_restored
+        self.reach = Reach(
+            can_trim=can_trim,
+            can_share=can_share,
+            needs_checkpoints=needs_checkpoints,
+            can_trim_restored=can_trim_restored,
+        )
         self.checkpoints = Checkpoints(budget if needs_checkpoints else 0)
         self.tier = RamTier(budget if can_save else 0, self.checkpoints, can_trim=can_trim_restored)
-        self._tick = 0
+        self._books = Books(n_seq=n_seq, n_cells=n_cells, reach=self.reach, checkpoints=self.checkpoints)
+        self.slots, self.cells = self._books.slots, self._books.cells
         self.counts = CacheCounts()
 
     def __repr__(self) -> str:
-        busy = sum(slot.busy for slot in self.slots)
-        return f"<PrefixCache {busy} busy, {len(self.slots) - busy} idle | {self.cells.used}/{self.cells.n} cells>"
+        n_idle = len(self._books.idle)
+        return f"<PrefixCache {len(self.slots) - n_idle} busy, {n_idle} idle | {self.cells.used}/{self.cells.n} cells>"
+
+    # --- for prompts
 
     @property
     def has_idle(self) -> bool:
@@ -147,11 +91,7 @@ class PrefixCache:
     @property
     def evictable(self) -> int:
         """Cells that evicting every idle slot would free."""
-        held = self.cells.holders()
-        for slot in self.slots:
-            if not slot.busy and slot.n:
-                held[slot.cells.view] -= 1
-        return int(np.count_nonzero(held == 0)) - self.cells.free
+        return self._books.evictable
 
     def match(self, prompt: TokenIds, session: str | None = None, *, kv: KVIdentity = BASE) -> tuple[Slot | None, int]:
         """The slot that holds the longest usable prefix of `prompt`, computed with `kv`, and that prefix's length.
@@ -159,16 +99,11 @@ class PrefixCache:
         Of equal ones an idle one, and of these the one that `session` used last. At least one token of a prompt is
         always decoded, so the length is at most len(prompt) - 1.
         """
-        best: Slot | None = None
-        highest = 0, False, False
-        for slot in self.slots:
-            if slot.kv != kv:
-                continue
-            length = self._usable(slot, prompt)
-            rank = length, not slot.busy, session is not None and slot.session == session
-            if length and rank > highest:
-                best, highest = slot, rank
-        return best, highest[0]
+        return longest_held(self._books, prompt, session, kv)
+
+    def kept_of(self, prompt: TokenIds, kv: KVIdentity) -> int:
+        """How many of the first tokens of `prompt`, with `kv`, a slot or the tier leads to; at most all but one."""
+        return max(self.match(prompt, kv=kv)[1], self.tier.find(prompt, kv)[1])
 
     def lend(
         self,
@@ -194,7 +129,7 @@ class PrefixCache:
         slot, length = self.match(_going_on(tokens), kv=kv)
         if slot is None or length < len(tokens):
             return None
-        self._touch(slot)
+        self._books.touch(slot)
         self.counts = self.counts.with_loan(length, length)
         return slot
 
@@ -209,6 +144,64 @@ class PrefixCache:
             if slot.pins:
                 slot.pins = [held for held in slot.pins if held[0] is not pin and not held[0].released]
 
+    def extend(self, slot: Slot, tokens: TokenIds) -> None:
+        """`tokens` were decoded behind what the slot holds."""
+        self._books.extend(slot, tokens)
+
+    def truncate(self, slot: Slot, length: int) -> None:
+        """The slot holds its first `length` tokens only."""
+        self._books.truncate(slot, length)
+
+    def give_back(self, slot: Slot) -> None:
+        """The generation is over; what the slot holds stays for others."""
+        slot.busy = False
+        self._books.touch(slot)
+
+    # --- for room
+
+    def evict(self, n_cells: int) -> tuple[KVOp, ...]:
+        """Free up to `n_cells`, as `cheapest_cut` says. Nothing when `evictable` is 0."""
+        cut = cheapest_cut(self._books, n_cells)
+        if cut is None:
+            return ()
+        self.counts = self.counts.with_eviction(cut.slot.n - cut.length)
+        return (*self._saving(cut.slot, cut.n_own), self._books.go_back(cut.slot, cut.length))
+
+    def forget(self, slot: Slot) -> KVOp:
+        """The slot's contents are lost or wrong; it stays lent if it is."""
+        self._books.truncate(slot, 0)
+        return Clear(slot.seq)
+
+    def take_away(self, slot: Slot) -> tuple[KVOp, ...]:
+        """The slot is given to others, its contents saved; it stays lent if it is, and then comes back for sure."""
+        return (*self._saving(slot, slot.n, certainly=slot.busy), self.forget(slot))
+
+    def keep_saved(self, op: Save, state: SavedState) -> None:
+        """`op` was carried out: `state` is what it asked for."""
+        self.tier.put(Entry(op.tokens, state, op.checkpoints, self._books.now, op.kv, op.continued))
+
+    def lost(self, seq: int) -> None:
+        """The engine could not restore `seq`: it is empty."""
+        self.checkpoints.failed()
+        self._books.truncate(self.slots[seq], 0)
+
+    # --- for models that go back to checkpoints
+
+    def rewind(self, slot: Slot) -> KVOp:
+        """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""
+        return self._books.go_back(slot, slot.checkpoints[-1].length if slot.checkpoints else 0)
+
+    def wants_checkpoint(self, slot: Slot) -> bool:
+        """Whether to save what `slot` holds now, so that it can be gone back to."""
+        return self._books.wants_checkpoint(slot)
+
+    def keep_checkpoint(self, slot: Slot, state: SavedState) -> None:
+        """`state` was saved of what `slot` holds now. Others go if there are too many bytes."""
+        self._books.keep_checkpoint(slot, state)
+        self.tier.fit()
+
+    # --- for what is taken along
+
     def find_longest(self, tokens: TokenIds, kv: KVIdentity) -> tuple[Slot | Entry | None, int]:
         """What leads to most of `tokens`, with `kv`: a slot or a saved sequence, and to how many; None: hardly any."""
         slot, length = self.match(_going_on(tokens), kv=kv)
@@ -222,13 +215,13 @@ class PrefixCache:
 
         `source` stays as it is. Nobody counts it: nothing is going to be decoded.
         """
-        target = next((slot for slot in self.slots if not slot.busy and not slot.n), None)
+        target = next((slot for slot in self._books.idle if not slot.n), None)
         if target is None:
             return None
         if isinstance(source, Entry):
             loan = self._recall(source, length) if source.n <= self.cells.free else None
         else:
-            loan = self._share(source, target, length) if self._can_share or self._needs_checkpoints else None
+            loan = self._copy(source, target, length) if self.reach.can_copy else None
         if loan is not None:
             loan.slot.kv = source.kv
         return loan
@@ -238,8 +231,8 @@ class PrefixCache:
 
         None where it could not come back as it was.
         """
-        slot = source if isinstance(source, Slot) and not source.busy else self._cheapest_idle()
-        if slot is None or not self._can_come_back or slot.n > self.cells.free + self._own_cells(slot):
+        slot = source if isinstance(source, Slot) and not source.busy else cheapest_idle(self._books)
+        if slot is None or not self.reach.restores_whole or slot.n > self.cells.free + self._books.own_cells(slot):
             return None
         saved = state(slot)
         if saved is None:
@@ -248,23 +241,16 @@ class PrefixCache:
         checkpoints, pins = tuple(slot.checkpoints), tuple(slot.pins)
         return Aside(slot, slot.tokens.view.copy(), saved, slot.kv, checkpoints, pins, slot.continued, slot.last_used)
 
-    @property
-    def _can_come_back(self) -> bool:
-        """Whether a sequence that was restored can all that it could before."""
-        return self._can_trim_restored or not self._can_trim
-
     def cut(self, slot: Slot, length: int) -> KVOp:
         """Let `slot` hold its first `length` tokens, as many as `find_longest` said, and no more."""
-        return self._go_back(slot, length)
+        return self._books.go_back(slot, length)
 
     def put_back(self, aside: Aside) -> tuple[KVOp, ...]:
         """Let the slot hold again what it did."""
         slot = aside.slot
         clear = self.forget(slot)
         slot.kv, slot.continued, slot.last_used = aside.kv, aside.continued, aside.last_used
-        self.extend(slot, aside.tokens)
-        slot.checkpoints.extend(aside.checkpoints)  # held since they were put aside
-        slot.firm = 0 if self._can_trim_restored else slot.n
+        self._books.fill(slot, aside.tokens, aside.checkpoints)  # held since they were put aside
         slot.pins = list(aside.pins)
         return clear, Restore(slot.seq, slot.n, aside.state)
 
@@ -276,258 +262,81 @@ class PrefixCache:
         if self.kept_of(_going_on(entry.tokens), entry.kv) == entry.n:
             return ()
         if self.tier.takes(entry):
-            self._tick += 1
-            entry.last_used = self._tick
+            entry.last_used = self._books.tick()
             self.tier.put(entry)
             return ()
-        loan = self._recall(entry, entry.n) if self.has_idle else None
+        loan = self._recall(entry, entry.n) if self.has_idle and can_recall(self._books, entry) else None
         if loan is None:
             return None
         loan.slot.kv = entry.kv
         self.give_back(loan.slot)
         return loan.ops
 
-    def extend(self, slot: Slot, tokens: TokenIds) -> None:
-        """`tokens` were decoded behind what the slot holds."""
-        if len(tokens) == 1:  # every decoding sequence, every step
-            slot.cells.append(self.cells.take_one())
-            slot.tokens.append(tokens[0])
-            return
-        slot.cells.extend(self.cells.take(len(tokens)))
-        slot.tokens.extend(tokens)
-
-    def truncate(self, slot: Slot, length: int) -> None:
-        """The slot holds its first `length` tokens only."""
-        self.cells.drop(slot.cells.part(length, slot.n))
-        slot.cells.truncate(length)
-        slot.tokens.truncate(length)
-        slot.firm = min(slot.firm, length)
-        if slot.pins:
-            slot.pins = [held for held in slot.pins if held[1] <= length]
-        if slot.checkpoints:
-            kept = count_within(slot.checkpoints, length)
-            self.checkpoints.let_go(slot.checkpoints[kept:])
-            del slot.checkpoints[kept:]
-
-    def give_back(self, slot: Slot) -> None:
-        """The generation is over; what the slot holds stays for others."""
-        slot.busy = False
-        self._touch(slot)
-
-    def evict(self, n_cells: int) -> tuple[KVOp, ...]:
-        """Free up to `n_cells` from the tail of the idle slot whose tail is missed least.
-
-        Heads are what others may start from, so they go last; then, whole, those that only idle slots share,
-        which frees nothing until their last holder goes: ask again; and last of all what is pinned. Nothing when
-        `evictable` is 0.
-        """
-        idle = [slot for slot in self.slots if not slot.busy and slot.n and not self._is_held_by_busy(slot)]
-        if not idle:
-            return ()
-        own = {slot.seq: self._own_cells(slot) for slot in idle}
-        loose = {slot.seq: min(own[slot.seq], slot.n - slot.pinned) for slot in idle}
-        goes = {seq: loose[seq] or own[seq] for seq in own}
-        spared = {slot.seq: self._spared(slot, min(n_cells, goes[slot.seq])) for slot in idle}
-
-        def loss(slot: Slot) -> tuple[bool, bool, float]:
-            """What is lost for each cell that was asked for: going back to a checkpoint loses more than that."""
-            n_lost = min(slot.n - spared[slot.seq], own[slot.seq])
-            for_each = n_lost / min(n_cells, max(n_lost, 1)) * self._likelihood(slot)
-            return _pinned_whole(slot, loose), own[slot.seq] == 0, for_each
-
-        victim = min(idle, key=lambda slot: (*loss(slot), slot.last_used))
-        length = spared[victim.seq]
-        self.counts = self.counts.with_eviction(victim.n - length)
-        return (*self._saving(victim, own[victim.seq]), self._go_back(victim, length))
-
-    def forget(self, slot: Slot) -> KVOp:
-        """The slot's contents are lost or wrong; it stays lent if it is."""
-        self.truncate(slot, 0)
-        return Clear(slot.seq)
-
-    def take_away(self, slot: Slot) -> tuple[KVOp, ...]:
-        """The slot is given to others, its contents saved; it stays lent if it is, and then comes back for sure."""
-        return (*self._saving(slot, slot.n, certainly=slot.busy), self.forget(slot))
-
-    def keep_saved(self, op: Save, state: SavedState) -> None:
-        """`op` was carried out: `state` is what it asked for."""
-        self.tier.put(Entry(op.tokens, state, op.checkpoints, self._tick, op.kv, op.continued))
-
-    def rewind(self, slot: Slot) -> KVOp:
-        """What `slot` holds is spoiled, but for what its last checkpoint leads back to."""
-        return self._go_back(slot, slot.checkpoints[-1].length if slot.checkpoints else 0)
-
-    def wants_checkpoint(self, slot: Slot) -> bool:
-        """Whether to save what `slot` holds now, so that it can be gone back to."""
-        last = slot.checkpoints[-1].length if slot.checkpoints else 0
-        return self.checkpoints.has_room and slot.n - last >= WORTH_KEEPING
-
-    def keep_checkpoint(self, slot: Slot, state: SavedState) -> None:
-        """`state` was saved of what `slot` holds now. Others go if there are too many bytes."""
-        checkpoint = Checkpoint(slot.n, state, self._tick)
-        if not self.checkpoints.taken(checkpoint):
-            return
-        slot.checkpoints.append(checkpoint)
-        self.checkpoints.hold([checkpoint])
-        if len(slot.checkpoints) > MOST:
-            self._drop(least_valuable([slot.checkpoints], self._tick, checkpoint))
-        self._thin(checkpoint)
-
-    def _thin(self, newest: Checkpoint | None) -> None:
-        while self.checkpoints.over_budget:
-            self._drop(least_valuable([slot.checkpoints for slot in self.slots], self._tick, newest))
-        self.tier.fit()
-
-    def lost(self, seq: int) -> None:
-        """The engine could not restore `seq`: it is empty."""
-        self.checkpoints.failed()
-        self.truncate(self.slots[seq], 0)
+    # --- how it is done
 
     def check(self) -> None:
-        """Assert that the books are consistent: every held cell is counted once per holder."""
-        self._check_checkpoints()
+        """Assert that the books and the tier are consistent."""
+        self._books.check()
         self.tier.check()
-        counted = np.zeros(self.cells.n, np.int32)
-        kinds: dict[int, KVIdentity] = {}
-        for slot in self.slots:
-            cells = slot.cells.view
-            assert all(kinds.setdefault(cell, slot.kv) == slot.kv for cell in cells.tolist()), f"{slot}: others' cells"
-            assert slot.n == len(cells), f"{slot}: {len(cells)} cells"
-            assert 0 <= slot.firm <= slot.n, f"{slot}: firm to {slot.firm}"
-            assert len(np.unique(cells)) == len(cells), f"{slot} holds a cell twice"
-            counted[cells] += 1
-        assert np.array_equal(counted, self.cells.holders()), "holders differ from what the slots hold"
-        assert self.cells.free == int(np.count_nonzero(counted == 0)), "free cells differ"
-        for slot in self.slots:
-            assert (np.diff(counted[slot.cells.view]) <= 0).all(), f"{slot} shares what is no prefix"
 
-    def _check_checkpoints(self) -> None:
-        holders: dict[Checkpoint, int] = {}
-        for slot in self.slots:
-            places = [checkpoint.length for checkpoint in slot.checkpoints]
-            assert places == sorted(set(places)), f"{slot}: checkpoints at {places}"
-            assert not places or 0 < places[0] <= places[-1] <= slot.n, f"{slot}: checkpoints at {places}"
-            for checkpoint in slot.checkpoints:
-                holders[checkpoint] = holders.get(checkpoint, 0) + 1
-        assert all(checkpoint.holders == n for checkpoint, n in holders.items()), "holders of checkpoints differ"
-        n_bytes = sum(checkpoint.state.nbytes for checkpoint in holders)
-        assert (self.checkpoints.n, self.checkpoints.n_bytes) == (len(holders), n_bytes), "bytes differ"
-        assert not self.checkpoints.over_budget, f"{n_bytes} bytes of checkpoints"
-
-    def kept_of(self, prompt: TokenIds, kv: KVIdentity) -> int:
-        """How many of the first tokens of `prompt`, with `kv`, a slot or the tier leads to; at most all but one."""
-        return max(self.match(prompt, kv=kv)[1], self.tier.find(prompt, kv)[1])
-
-    def _is_held_by_busy(self, slot: Slot) -> bool:
-        """Whether a busy slot holds all that `slot` does. Sharing is by prefix: then it holds the last cell."""
-        n = slot.n
-        last = slot.cells.view[n - 1]
-        return any(other.busy and other.n >= n and other.cells.view[n - 1] == last for other in self.slots)
-
-    def _own_cells(self, slot: Slot) -> int:
-        """Cells that nobody else holds: the slot's tail."""
-        return slot.n - self.cells.n_shared(slot.cells.view)
-
-    def _spared(self, slot: Slot, n_cells: int) -> int:
-        """How many tokens `slot` keeps when it gives up its last `n_cells`, which nobody else holds."""
-        return self._reachable(slot, slot.n - n_cells) if n_cells else 0
-
-    def _likelihood(self, slot: Slot) -> float:
-        """How likely what an idle `slot` holds is asked for again; of use to compare."""
-        return (CONTINUED if slot.continued else 1) / (1 + self._tick - slot.last_used)
-
-    def _usable(self, slot: Slot, prompt: TokenIds) -> int:
-        if not slot.n:
-            return 0
-        length = min(common_prefix(slot.tokens.view, prompt), len(prompt) - 1)
-        if length == slot.n and not slot.busy:
-            return length
-        return self._reachable(slot, length)
-
-    def _reachable(self, slot: Slot, length: int) -> int:
-        """How many of the first `length` tokens of `slot` can be gone back to, or shared."""
-        if self._can_trim:
-            return length if length >= slot.firm else 0
-        checkpoint = within(slot.checkpoints, length)
-        return checkpoint.length if checkpoint is not None else 0
-
-    def _go_back(self, slot: Slot, length: int) -> KVOp:
-        """Let `slot` hold its first `length` tokens, as many as `_reachable` said, which is less than it does."""
-        op: KVOp
-        if not length:
-            op = Clear(slot.seq)
-        elif self._can_trim:
-            op = Trim(slot.seq, length)
-        else:
-            op = Restore(slot.seq, length, self._checkpoint(slot, length).state)
-        self.truncate(slot, length)
-        return op
-
-    def _checkpoint(self, slot: Slot, length: int) -> Checkpoint:
-        checkpoint = within(slot.checkpoints, length)
-        assert checkpoint is not None, f"{slot} has no checkpoint at {length}"
-        assert checkpoint.length == length, f"{slot} has no checkpoint at {length}"
-        checkpoint.last_used = self._tick
-        return checkpoint
-
-    def _drop(self, checkpoint: Checkpoint) -> None:
-        for slot in self.slots:
-            if checkpoint in slot.checkpoints:
-                slot.checkpoints.remove(checkpoint)
-                self.checkpoints.let_go([checkpoint])
-        self.checkpoints.dropped()
-
-    def _loan(self, prompt: TokenIds, session: str | None, kv: KVIdentity, fetched: Entry | None = None) -> Loan:
-        donor, length = self.match(prompt, session, kv=kv)
+    def _loan(self, prompt: TokenIds, session: str | None, kv: KVIdentity, fetched: Entry | None) -> Loan:
+        donor, held = self.match(prompt, session, kv=kv)
         entry, saved = self.tier.find(prompt, kv)
         if fetched is not None and (further := self.tier.leads_to(fetched, prompt)) > saved:
             entry, saved = fetched, further
-        if entry is not None and saved - length >= WORTH_SAVING:
-            loan = self._recall(entry, saved)
-            if loan is not None:
-                return loan
-        if donor is not None and not donor.busy and donor.n - length <= NEARLY_WHOLE and length >= donor.pinned:
-            return self._take_over(donor, length)
-        if donor is not None and (self._can_share or self._needs_checkpoints) and length >= WORTH_SHARING:
-            target = self._cheapest_idle(other_than=donor)
-            if target is not None:
-                return self._share(donor, target, length)
-        if donor is not None and not donor.busy and length >= WORTH_SHARING:
-            return self._take_over(donor, length)
-        slot = self._cheapest_idle()
-        assert slot is not None, "lend() needs an idle slot"
-        return self._take_over(slot, 0)
+        match best_start(self._books, donor, held, entry, saved):
+            case Recall(entry, length):
+                return self._recall(entry, length)
+            case TakeOver(slot, length):
+                return self._take_over(slot, length)
+            case Copy(donor, target, length):
+                return self._copy(donor, target, length)
 
     def _take_over(self, slot: Slot, length: int) -> Loan:
         slot.continued = length > 0
         if length == slot.n:
             return self._lent(slot, length, ())
-        ops = (*self._saving(slot, slot.n - length), self._go_back(slot, length))
+        ops = (*self._saving(slot, slot.n - length), self._books.go_back(slot, length))
         if isinstance(ops[-1], Restore):
             self.checkpoints.hit(length)
         return self._lent(slot, length, ops)
 
-    def _recall(self, entry: Entry, length: int) -> Loan | None:
-        """A slot that holds the first `length` tokens of `entry`; None where there are not cells for it whole."""
-        if entry.n > self.cells.free + self.evictable:
-            return None
-        slot = self._cheapest_idle()
-        assert slot is not None, "lend() needs an idle slot"
+    def _recall(self, entry: Entry, length: int) -> Loan:
+        """A slot that holds the first `length` tokens of `entry`, for which there can be cells."""
+        slot = cheapest_idle(self._books)
+        assert slot is not None, "an entry needs an idle slot"
         ops = list(self.take_away(slot)) if slot.n else []
         while self.cells.free < entry.n:
             ops += self.evict(entry.n - self.cells.free)
-        self.extend(slot, entry.tokens)
+        self.checkpoints.hold(entry.checkpoints)
+        self._books.fill(slot, entry.tokens, entry.checkpoints)
         slot.continued = True
-        slot.checkpoints.extend(entry.checkpoints)
-        self.checkpoints.hold(slot.checkpoints)
-        slot.firm = 0 if self._can_trim_restored else entry.n
         if entry in self.tier.entries:
-            self.tier.used(entry, length, self._tick)
+            self.tier.used(entry, length, self._books.now)
         ops.append(Restore(slot.seq, entry.n, entry.state))
         if length < entry.n:
-            ops.append(self._go_back(slot, length))
-        self._thin(None)  # those of another process may be more than all may be
+            ops.append(self._books.go_back(slot, length))
+        self._books.thin()  # those of another process may be more than all may be
+        self.tier.fit()
         return self._lent(slot, length, tuple(ops), entry)
+
+    def _copy(self, donor: Slot, target: Slot, length: int) -> Loan:
+        ops = self.take_away(target) if target.n else ()
+        self._books.copy(donor, target, length)
+        target.continued = False
+        self._books.touch(donor)
+        return self._lent(target, length, (*ops, self._copied(donor, target, length)))
+
+    def _copied(self, donor: Slot, target: Slot, length: int) -> KVOp:
+        if self.reach.can_share:
+            return Share(donor.seq, target.seq, length)
+        self.checkpoints.hit(length)
+        return Restore(target.seq, length, self._books.checkpoint_at(donor, length).state, donor.seq)
+
+    def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...], recalled: Entry | None = None) -> Loan:
+        slot.busy = True
+        self._books.touch(slot)
+        return Loan(slot, reused, ops, recalled)
 
     def _saving(self, slot: Slot, n_lost: int, *, certainly: bool = False) -> tuple[KVOp, ...]:
         """Keep what `slot` holds before `n_lost` of its tokens go, where that is worth it and nobody else has them.
@@ -536,57 +345,12 @@ class PrefixCache:
         """
         tokens = slot.tokens.view
         continued = None if certainly else slot.continued
-        if n_lost < WORTH_SAVING or not self.tier.wants(tokens, slot.kv):
-            return ()
-        others = [other for other in self.slots if other is not slot and other.kv == slot.kv]
-        if any(common_prefix(other.tokens.view, tokens) == slot.n for other in others):
+        if n_lost < WORTH_SAVING or not self.tier.wants(tokens, slot.kv) or self._books.is_held_twice(slot):
             return ()
         if continued is not None and not self.tier.thrift.pays(continued=continued):
             return ()
         return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints), slot.kv, continued),)
 
-    def _share(self, donor: Slot, target: Slot, length: int) -> Loan:
-        ops = self.take_away(target) if target.n else ()
-        target.tokens.extend(donor.tokens.part(0, length))
-        target.cells.extend(donor.cells.part(0, length))
-        self.cells.hold(target.cells.view)
-        target.continued = False
-        target.firm = min(donor.firm, length)
-        target.checkpoints.extend(donor.checkpoints[: count_within(donor.checkpoints, length)])
-        self.checkpoints.hold(target.checkpoints)
-        self._touch(donor)
-        return self._lent(target, length, (*ops, self._copied(donor, target, length)))
-
-    def _copied(self, donor: Slot, target: Slot, length: int) -> KVOp:
-        if self._can_share:
-            return Share(donor.seq, target.seq, length)
-        self.checkpoints.hit(length)
-        return Restore(target.seq, length, self._checkpoint(donor, length).state, donor.seq)
-
-    def _lent(self, slot: Slot, reused: int, ops: tuple[KVOp, ...], recalled: Entry | None = None) -> Loan:
-        slot.busy = True
-        self._touch(slot)
-        return Loan(slot, reused, ops, recalled)
-
-    def _cheapest_idle(self, other_than: Slot | None = None) -> Slot | None:
-        """The idle slot whose loss costs least: the tokens that nobody else holds, times how likely they are missed."""
-        idle = [slot for slot in self.slots if not slot.busy and slot is not other_than]
-        if len(idle) < 2:
-            return idle[0] if idle else None
-        return min(idle, key=lambda slot: (slot.pinned > 0, self._loss(slot), slot.n > 0, slot.last_used))
-
-    def _loss(self, slot: Slot) -> float:
-        return self._own_cells(slot) * self._likelihood(slot) if slot.n else 0.0
-
-    def _touch(self, slot: Slot) -> None:
-        self._tick += 1
-        slot.last_used = self._tick
-
 
 def _going_on(tokens: TokenIds) -> TokenIds:
     return np.concatenate([tokens, _UNKNOWN])
-
-
-def _pinned_whole(slot: Slot, loose: Mapping[int, int]) -> bool:
-    """Whether evicting anything of `slot` would take what is pinned."""
-    return bool(slot.pinned) and not loose[slot.seq]

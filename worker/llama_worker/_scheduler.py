@@ -26,8 +26,9 @@ from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._foresight import ReplyLengths, most_cells
 from llama_worker._generation import Generation
 from llama_worker._identity import KVIdentity
+from llama_worker._loan import Loan
 from llama_worker._pace import FEWEST_ROWS, Pace
-from llama_worker._prefix_cache import Loan, PrefixCache
+from llama_worker._prefix_cache import PrefixCache
 from llama_worker._seq_ops import KVOp, Trim
 from llama_worker._slot import Slot
 from llama_worker._speculation import Speculation

@@ -17,10 +17,10 @@ from llama_worker._errors import copy_of
 from llama_worker._identity import KVIdentity
 from llama_worker._kv_ops import apply
 from llama_worker._other_load import OtherLoad, mark_of
-from llama_worker._prefix_cache import NEARLY_WHOLE
 from llama_worker._scheduler import Scheduler
 from llama_worker._service import Loaded, Service
 from llama_worker._slot import Slot
+from llama_worker._start import NEARLY_WHOLE
 from llama_worker._tokens import TokenIds, common_prefix
 from llama_worker._view import ModelView
 

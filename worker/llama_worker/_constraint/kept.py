@@ -69,7 +69,6 @@ def weight_of(grammar: Grammar) -> int:
     """About the bytes that it takes: in proportion to what it is made of."""
     schemas = {id(schema): schema for schema in (*dict(grammar.schemas).values(), *(c.schema for c in grammar.checks))}
     texts = sum(len(schema.original) + len(schema.loose) for schema in schemas.values())
-    compiled = sum(len(schema.exact) for _, schema in grammar.schemas) + sum(
-        length_of(node) for _, node in grammar.rules
-    )
+    compiled = sum(len(schema.exact) for _, schema in grammar.schemas)
+    compiled += sum(length_of(node) for _, node in grammar.rules)
     return texts * _AS_TEXT + compiled * COMPILED
