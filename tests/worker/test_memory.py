@@ -22,6 +22,7 @@ from llama_worker import (
     ContextOverflowError,
     InsufficientMemoryError,
     LlamaWorker,
+    LoraLoadError,
     MemoryPlan,
     ModelConfig,
     ModelInfo,
@@ -36,7 +37,10 @@ from llama_worker._fitting import fit_to_memory, fitted, plan_of_serving, requir
 from llama_worker._free_memory import FreeMemory, free_memory, free_ram_bytes
 from llama_worker._memory import cells_asked, offloaded_layers, planned
 from llama_worker._models import ModelFile, read_model
+from llama_worker._snapshots import kept_bytes_of
 from llama_worker.testing import fake_loader
+from tests import synth_lora
+from tests.worker.waiting import wait_until
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 PLENTY = FreeMemory(ram=2**60)
@@ -140,7 +144,7 @@ class TestEmbedding:
         memory = planned(file_of(n_vocab=100_000), config_of(), PLENTY)
         assert memory.embedding > 2 * 2048 * 100_000 * 4
         assert memory.needed_ram == memory.weights + memory.kv + memory.compute
-        assert memory.total == memory.needed_ram + memory.embedding
+        assert memory.total == memory.needed_ram + memory.embedding + memory.saved
 
     def test_it_says_when_there_is_no_room_for_it(self) -> None:
         file, config = file_of(n_vocab=100_000), config_of()
@@ -165,6 +169,65 @@ class TestEmbedding:
         file = file_of("bert", is_embedding=True, pooling="rank")
         assert planned(file, config_of(), PLENTY).embedding == 0
         assert planned(file, config_of(pooling="mean"), PLENTY).embedding > 0
+
+
+class TestAdapters:
+    """LoRA adapters are read into memory with the model, so they are part of what must be free."""
+
+    def adapted(self, *sizes: int) -> ModelFile:
+        """Adapters that change the same in every layer, and the embedding by as much."""
+        names = [*(f"blk.{layer}.ffn.weight.lora_a" for layer in range(8)), "token_embd.weight.lora_a"]
+        loras = [
+            Header(values={}, lengths={}, n_params=1, n_bytes=9 * n, tensors=dict.fromkeys(names, n), start=0, end=n)
+            for n in sizes
+        ]
+        return replace(file_of(), loras=tuple(loras))
+
+    def test_all_of_them_must_be_free(self) -> None:
+        plain, config = needed(file_of(), config_of(), n_gpu_layers=0), config_of(n_gpu_layers=0)
+        memory = planned(self.adapted(MIB, 2 * MIB), config, PLENTY)
+        assert (plain.loras, memory.loras) == (0, 27 * MIB)
+        assert memory.needed_ram - plain.needed_ram == 27 * MIB
+        assert memory.total - plain.total == 27 * MIB
+
+    def test_they_go_where_the_layers_go_that_they_change(self) -> None:
+        """Of the nine parts (the output is one) the last four go: three layers. The embedding stays."""
+        plain, memory = (needed(file, config_of(), n_gpu_layers=4) for file in (file_of(), self.adapted(MIB)))
+        assert memory.needed_ram - plain.needed_ram == 6 * MIB
+        assert memory.needed_device - plain.needed_device == 3 * MIB
+
+    def test_the_refusal_counts_them(self) -> None:
+        file, config = self.adapted(MIB), config_of(n_gpu_layers=0)
+        enough = planned(file, config, PLENTY).needed_ram
+        assert planned(file, config, FreeMemory(ram=enough)).fits
+        memory = planned(file, config, FreeMemory(ram=enough - 1))
+        assert not memory.fits
+        assert "+ 9.0 MiB LoRA adapters = " in memory.verdict
+        assert "fewer lora_paths" in memory.verdict
+
+    def test_the_cache_shrinks_to_make_room_for_them(self) -> None:
+        config, file = config_of(), self.adapted(MIB)
+        free = FreeMemory(ram=room(file, config, n_ctx=2048))
+        assert fitted(file, config, free).n_ctx == 2048
+        assert fitted(file_of(), config, free).n_ctx > 2048
+
+
+class TestSavedStates:
+    def test_they_are_shown_but_not_required(self) -> None:
+        """They come one by one, up to cache_ram; a model that only embeds saves none."""
+        memory, without = (planned(file_of(), config_of(cache_ram=n), PLENTY) for n in (300, 0))
+        assert (memory.saved, without.saved) == (300 * MIB, 0)
+        assert memory.needed_ram == without.needed_ram
+        assert memory.total - without.total == 300 * MIB
+        assert planned(file_of("bert", is_embedding=True), config_of(), PLENTY).saved == 0
+
+    def test_it_says_when_there_is_no_room_for_them(self) -> None:
+        config = config_of(cache_ram=300, n_gpu_layers=0)
+        enough = planned(file_of(), config, PLENTY).needed_ram + 300 * MIB
+        exact, tight = (planned(file_of(), config, FreeMemory(ram=n)) for n in (enough, enough - 100 * MIB))
+        assert "saved states" not in exact.verdict
+        assert "saved states may come to 300.0 MiB, 200.0 MiB are left; lower cache_ram" in tight.verdict
+        assert tight.fits
 
 
 class TestDevices:
@@ -587,7 +650,8 @@ class TestTheProcess:
 
     def test_grows_by_the_embedding_context_too(self, smollm2_path: Path) -> None:
         """A full batch of a chat model that embeds."""
-        config = ModelConfig(model=str(smollm2_path), load_mode="none", n_threads=1, n_ctx=1024, n_batch=512)
+        options: dict[str, Any] = {"n_ctx": 1024, "n_batch": 512, "cache_ram": 0}
+        config = ModelConfig(model=str(smollm2_path), load_mode="none", n_threads=1, **options)
         memory, measured = plan_memory(config), grown(config, embeds=500)
         assert 0.9 * measured <= memory.total <= 1.6 * measured
 
@@ -650,6 +714,67 @@ class TestRefusal:
         with pytest.raises(InsufficientMemoryError):
             require_fit(info, config, replacing=replace(present, needed_ram=1))
 
+    def test_so_do_the_states_that_it_has_saved(self, smollm2_path: Path) -> None:
+        config = ModelConfig(model=str(smollm2_path), n_ctx=2**24)
+        info, present = inspect_model(str(smollm2_path)), replace(plan_memory(config), needed_ram=1)
+        require_fit(info, config, replacing=present, kept=2**60)
+        with pytest.raises(InsufficientMemoryError):
+            require_fit(info, config, replacing=present)
+
+    @pytest.mark.engine
+    def test_a_reload_counts_what_its_worker_has_saved(self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With so much free it is let through to the loading, which finds that here nothing becomes free."""
+        config = ModelConfig(model=str(tiny_llama), n_ctx=512, n_parallel=1, n_threads=1)
+        larger = config.model_copy(update={"n_ctx": 8192})
+        with LlamaWorker(config) as worker:
+            for letter in "abc":
+                worker.generate(letter * 300, max_tokens=1)
+            kept = kept_bytes_of(worker._service)
+            assert kept
+            enough = plan_memory(larger).needed_ram - plan_memory(config).needed_ram - kept
+            for free, n_tried in ((enough - 1, 0), (enough, 1)):
+                leave_free(monkeypatch, free)
+                with pytest.raises(ModelLoadError):
+                    worker.reload(larger)
+                assert worker.metrics().reloads_failed == n_tried
+
+    @pytest.mark.engine
+    def test_a_model_that_is_unloaded_gives_nothing_back_any_more(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it took is free already, so the reload is refused before anything is loaded."""
+        config = ModelConfig(model=str(tiny_llama), n_ctx=4096, n_threads=1)
+        larger = config.model_copy(update={"n_ctx": 6144})
+        with LlamaWorker(config) as worker:
+            leave_free(monkeypatch, plan_memory(larger).needed_ram - 1)
+            worker.reconfigure(keep_alive=0.0)
+            wait_until(lambda: worker.status().state == "unloaded")
+            with pytest.raises(InsufficientMemoryError):
+                worker.reload(larger)
+            assert worker.metrics().reloads_failed == 0
+
+    @pytest.mark.engine
+    def test_adapters_are_counted_before_anything_is_loaded(
+        self, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And n_ctx shrinks for them, where it may: else the model would be there, and then no room for them."""
+        adapter = synth_lora.lora(tmp_path / "adapter.gguf", tiny_llama, rank=32)
+        loras = {"lora_paths": {"a": str(adapter), "again": str(adapter)}, "n_threads": 1, "n_ctx": 4096}
+        alone, adapted = plan_of(tiny_llama, n_ctx=4096), plan_of(tiny_llama, **loras)
+        assert adapted.loras == adapted.needed_ram - alone.needed_ram > 0
+        leave_free(monkeypatch, adapted.needed_ram - 1)
+        with pytest.raises(InsufficientMemoryError, match="LoRA adapters"):
+            LlamaWorker(ModelConfig(model=str(tiny_llama), **loras))
+        with LlamaWorker(ModelConfig(model=str(tiny_llama), **loras, fit="auto")) as worker:
+            assert worker.n_ctx == 4096 - 256
+            assert sorted(worker.loras) == ["a", "again"]
+
+    def test_an_adapter_that_is_not_there_is_named(self, tiny_llama: Path, tmp_path: Path) -> None:
+        (tmp_path / "text.gguf").write_bytes(b"no adapter at all")
+        for name in ("gone.gguf", "text.gguf"):
+            with pytest.raises(LoraLoadError, match=name):
+                plan_of(tiny_llama, lora_paths={"a": str(tmp_path / name)})
+
     def test_a_present_model_whose_file_is_gone_counts_nothing(self, tiny_llama: Path, tmp_path: Path) -> None:
         """Its weights are mapped, so it serves on; that it cannot be planned must not stop a reload."""
         copy = tmp_path / "copy.gguf"
@@ -687,6 +812,16 @@ class TestFitAuto:
         [record] = [r for r in caplog.records if r.name == "llama_worker"]
         assert record.levelno == logging.WARNING
         assert "n_ctx=2048 instead of 8192; as asked it does not fit: 180.0 MiB KV cache" in record.getMessage()
+
+    def test_it_warns_where_saved_states_would_take_more_than_there_is(
+        self, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = ModelConfig(model=str(smollm2_path), cache_ram=1000)
+        leave_free(monkeypatch, plan_memory(config).needed_ram + 200 * MIB)
+        assert fit_to_memory(inspect_model(str(smollm2_path)), config) == config
+        [record] = [r for r in caplog.records if r.name == "llama_worker"]
+        assert record.levelno == logging.WARNING
+        assert "saved states may come to 1000.0 MiB, 200.0 MiB are left" in record.getMessage()
 
     def test_a_model_that_fits_is_opened_as_asked_and_nothing_is_said(
         self, smollm2_path: Path, caplog: pytest.LogCaptureFixture

@@ -139,6 +139,7 @@ def _memory_rows(config: ModelConfig, memory: MemoryPlan) -> list[tuple[str, str
         ("KV cache", shown_bytes(memory.kv) + cells),
         ("compute buffers", f"{shown_bytes(memory.compute)} at most"),
         ("embedding", f"{shown_bytes(memory.embedding)} at most{when}"),
+        ("saved states", f"{shown_bytes(memory.saved)} at most, as they come"),
         ("free RAM", shown_bytes(memory.free_ram)),
         ("free on devices", "no layer goes there" if memory.free_device is None else shown_bytes(memory.free_device)),
         ("verdict", memory.verdict),

@@ -11,8 +11,8 @@ from llama_worker._config import ModelConfig
 from llama_worker._engine.base import ModelInfo
 from llama_worker._errors import InsufficientMemoryError, ModelLoadError
 from llama_worker._free_memory import FreeMemory, free_memory
-from llama_worker._memory import CELL_STEP, MemoryPlan, cells_asked, offloaded_layers, plan, planned
-from llama_worker._models import ModelFile, read_model
+from llama_worker._memory import CELL_STEP, MemoryPlan, cells_asked, described, offloaded_layers, plan, planned
+from llama_worker._models import ModelFile
 
 logger = logging.getLogger("llama_worker")
 
@@ -21,22 +21,28 @@ def fit_to_memory(info: ModelInfo, config: ModelConfig) -> ModelConfig:
     """The configuration to load: `config` if it fits; with fit="auto" also one that is smaller, with a warning.
 
     Allocates nothing; milliseconds; any thread. Raises InsufficientMemoryError with the arithmetic and the
-    way out, and what `read_model` raises.
+    way out, and what `described` raises.
     """
-    file, free = read_model(Path(info.path)), free_memory()
+    file, free = described(Path(info.path), config), free_memory()
     smaller = _fitting_or_refused(file, config, free)
+    opened, said = planned(file, smaller, free), []
     if smaller != config:
         wanted = planned(file, config, free)
-        logger.warning("%s is opened with %s; as asked it %s", info.name, _changes(config, smaller), wanted.verdict)
+        said.append(f"is opened with {_changes(config, smaller)}; as asked it {wanted.verdict}")
+    if opened.lacks_room_to_save:
+        said.append(opened.verdict)
+    if said:
+        logger.warning("%s %s", info.name, ". Now it ".join(said))
     return smaller
 
 
-def require_fit(info: ModelInfo, config: ModelConfig, *, replacing: MemoryPlan | None = None) -> None:
-    """Raise what `fit_to_memory` would raise when the model of the plan `replacing` has been freed."""
+def require_fit(info: ModelInfo, config: ModelConfig, *, replacing: MemoryPlan | None = None, kept: int = 0) -> None:
+    """Raise what `fit_to_memory` would raise when the model of the plan `replacing` has been freed, and with it the
+    `kept` bytes of its saved states."""
     free = free_memory()
     if replacing is not None:
-        free = free.with_returned(ram=replacing.needed_ram, device=replacing.needed_device)
-    _fitting_or_refused(read_model(Path(info.path)), config, free)
+        free = free.with_returned(ram=replacing.needed_ram + kept, device=replacing.needed_device)
+    _fitting_or_refused(described(Path(info.path), config), config, free)
 
 
 def plan_of_serving(info: ModelInfo, config: ModelConfig) -> MemoryPlan | None:

@@ -26,13 +26,16 @@ def contained(loader: Loader) -> Loader:
     return within(loader)
 
 
-def check_reload(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"]) -> bool:
+def check_reload(
+    config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"], kept: int | None = 0
+) -> bool:
     """Everything that can be known to fail before the old model is let go. Returns whether to overlap.
 
+    `kept`: bytes of saved states that will be free with the old model; None when that is unloaded already.
     Reads the header, milliseconds. Raises ModelLoadError, which says that the old model serves on.
     """
     try:
-        return _checked(config, serving, overlap)
+        return _checked(config, serving, overlap, kept)
     except ModelLoadError as refused:
         refused.previous_restored = serving is not None
         raise
@@ -46,7 +49,7 @@ def check_loras(config: ModelConfig, info: ModelInfo) -> None:
         checked_lora(path, info)
 
 
-def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"]) -> bool:
+def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"], kept: int | None) -> bool:
     from llama_worker._fitting import plan_of_serving, require_fit
     from llama_worker._memory import plan
     from llama_worker._models import read_info, resolve
@@ -58,6 +61,7 @@ def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Lit
         check_loras(config, info)
     if overlap == "auto":
         overlap = plan(info, config).fits
-    former = None if serving is None or overlap else plan_of_serving(serving.info, serving.config)
-    require_fit(info, config, replacing=former)
+    stays = overlap or kept is None
+    former = None if serving is None or stays else plan_of_serving(serving.info, serving.config)
+    require_fit(info, config, replacing=former, kept=kept or 0)
     return overlap

@@ -3,7 +3,9 @@
     weights      the bytes of all tensors; exact
     KV cache     cells x layers x heads, and the states of recurrent layers; exact
     compute      one graph's buffers, the rows of logits, the vocabulary's tables; estimated on the high side
+    adapters     the bytes of all tensors of the LoRA adapters that are loaded with it; exact
     embedding    KV cache, buffers and output rows of the context that embeds texts, made at its first use
+    saved        states that are kept in RAM, as they come: `cache_ram` at most
 
 Weights that are mapped from the file are lent by the page cache, which gives them back under pressure: they
 are shown, but need not fit into RAM. With load_mode "none", "mlock" or "direct_io" they must. Layers that are
@@ -22,6 +24,7 @@ from llama_worker._config import ModelConfig, as_model_config
 from llama_worker._engine.base import ModelInfo, outputs_of
 from llama_worker._engine.embedding import can_embed, embedding_limits
 from llama_worker._engine.header import Header
+from llama_worker._engine.lora_file import lora_header
 from llama_worker._free_memory import FreeMemory, free_memory
 from llama_worker._models import ENCODERS, ModelFile, read_model, resolve
 
@@ -56,7 +59,8 @@ class MemoryPlan:
     """What a model would take and what there is, in bytes, and whether that fits.
 
     `kv` is for `n_cells` tokens and includes the states of recurrent layers. `embedding` is taken when the
-    first text is embedded; it must be free beforehand only for a model that does nothing else.
+    first text is embedded; it must be free beforehand only for a model that does nothing else. `saved` is taken as
+    states are saved, up to `cache_ram`; it need not be free beforehand either, but the verdict says when it is not.
     `free_ram` respects the limits of control groups. `free_device` is None where no layer is offloaded.
     `needed_ram` and `needed_device` are what must be free before the model is opened; mapped weights are
     not part of it (`weights_resident` is False). `verdict` says it in words, with the way out.
@@ -65,7 +69,9 @@ class MemoryPlan:
     weights: int
     kv: int
     compute: int
+    loras: int = 0
     embedding: int
+    saved: int = 0
     free_ram: int
     free_device: int | None
     needed_ram: int
@@ -79,23 +85,34 @@ class MemoryPlan:
         return self.needed_ram <= self.free_ram and self.needed_device <= (self.free_device or 0)
 
     @property
+    def lacks_room_to_save(self) -> bool:
+        """Whether states would be saved until more memory is taken than there is."""
+        return self.saved > self.free_ram - self.needed_ram
+
+    @property
     def total(self) -> int:
         """What the model takes when everything of it is in use."""
-        return self.weights + self.kv + self.compute + self.embedding
+        return self.weights + self.kv + self.compute + self.loras + self.embedding + self.saved
 
 
 def plan_memory(model: str | ModelConfig) -> MemoryPlan:
     """What `model` would take of this machine, and whether it fits. Loads nothing; milliseconds; any thread.
 
-    A name stands for its default ModelConfig. Raises ModelNotFoundError and ModelLoadError.
+    A name stands for its default ModelConfig. Raises ModelNotFoundError, ModelLoadError and LoraLoadError.
     """
     config = as_model_config(model)
-    return planned(read_model(resolve(config.model)), config, free_memory())
+    return planned(described(resolve(config.model), config), config, free_memory())
 
 
 def plan(info: ModelInfo, config: ModelConfig) -> MemoryPlan:
-    """`plan_memory` for the model that `info` describes. Raises what `read_model` raises."""
-    return planned(read_model(Path(info.path)), config, free_memory())
+    """`plan_memory` for the model that `info` describes. Raises what `described` raises."""
+    return planned(described(Path(info.path), config), config, free_memory())
+
+
+def described(path: Path, config: ModelConfig) -> ModelFile:
+    """The model at `path` with the adapters of `config`. Raises what `read_model` raises, and LoraLoadError."""
+    paths = dict.fromkeys(path for _, path in config.lora_paths)  # two names of one file share what is loaded
+    return replace(read_model(path), loras=tuple(map(lora_header, paths)))
 
 
 def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPlan:
@@ -108,7 +125,9 @@ def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPla
         weights=parts.weights,
         kv=sum(parts.kv_layers),
         compute=parts.compute,
+        loras=parts.loras,
         embedding=parts.embedding,
+        saved=config.cache_ram << 20 if parts.kv_layers else 0,
         free_ram=free.ram,
         free_device=free_device if n_offloaded else None,
         needed_ram=needed_ram,
@@ -125,11 +144,14 @@ class _Parts:
     """What there is to place.
 
     `weight_layers`: bytes of each layer's tensors, the output last; `tied`: of its copy of the embedding, if it
-    has none of its own. `kv_layers`: bytes of each layer; empty for a model that only embeds.
+    has none of its own. `lora_layers`: what adapters add to them. `kv_layers`: bytes of each layer; empty for a model
+    that only embeds.
     """
 
     weights: int
     weight_layers: tuple[int, ...]
+    loras: int
+    lora_layers: tuple[int, ...]
     tied: int
     kv_layers: tuple[int, ...]
     compute: int
@@ -144,6 +166,8 @@ class _Parts:
         return cls(
             weights=sum(part.n_bytes for part in file.headers),
             weight_layers=_weight_layers(info, tensors),
+            loras=sum(lora.n_bytes for lora in file.loras),
+            lora_layers=_lora_layers(info, file.loras),
             tied=0 if _OUTPUT in tensors or info.architecture in ENCODERS else tensors.get(_EMBEDDING, 0),
             kv_layers=() if info.is_embedding else tuple(_layer_sizes(info, config, header, n_cells)),
             compute=_TOKEN_ENTRY * info.n_vocab
@@ -162,9 +186,10 @@ class _Parts:
         first = len(self.weight_layers) - n_offloaded  # the output goes first, then the last layer, and so on
         weights_off = sum(self.weight_layers[first:])
         kv_off = sum(self.kv_layers[first:]) if config.offload_kqv else 0
+        loras_off = sum(self.lora_layers[first:])
         weights = self.weights - weights_off if _is_resident(config) else 0
-        ram = weights + sum(self.kv_layers) - kv_off + self.buffers
-        return ram, weights_off + self.tied + kv_off + n_devices * self.buffers if n_offloaded else 0
+        ram = weights + self.loras - loras_off + sum(self.kv_layers) - kv_off + self.buffers
+        return ram, weights_off + self.tied + loras_off + kv_off + n_devices * self.buffers if n_offloaded else 0
 
 
 def _weight_layers(info: ModelInfo, tensors: Mapping[str, int]) -> tuple[int, ...]:
@@ -174,6 +199,12 @@ def _weight_layers(info: ModelInfo, tensors: Mapping[str, int]) -> tuple[int, ..
         if layer is not None or not name.startswith(_INPUTS):
             layers[min(int(layer[1]), info.n_layer) if layer else -1] += size
     return tuple(layers)
+
+
+def _lora_layers(info: ModelInfo, loras: tuple[Header, ...]) -> tuple[int, ...]:
+    """Bytes that adapters add to each layer: they lie where the matrices lie that they change."""
+    layers = (_weight_layers(info, lora.tensors) for lora in loras)
+    return tuple(map(sum, zip((0,) * (info.n_layer + 1), *layers, strict=True)))
 
 
 def _is_resident(config: ModelConfig) -> bool:
@@ -315,10 +346,17 @@ def _verdict(memory: MemoryPlan, config: ModelConfig) -> str:
     device = ""
     if memory.free_device is not None:
         device = f", {shown_bytes(memory.needed_device)} of {shown_bytes(memory.free_device)} on devices"
-    later = ""
-    if memory.needed_ram + memory.embedding > memory.free_ram and memory.n_cells:
-        later = f"; embedding texts would take {shown_bytes(memory.embedding)} more, which is not there"
-    return f"fits: needs {shown_bytes(memory.needed_ram)} of {shown_bytes(memory.free_ram)} free RAM{device}{later}"
+    fits = f"fits: needs {shown_bytes(memory.needed_ram)} of {shown_bytes(memory.free_ram)} free RAM{device}"
+    return "; ".join([fits, *_later(memory)])
+
+
+def _later(memory: MemoryPlan) -> Iterator[str]:
+    """What may be taken later, and is not there."""
+    left = memory.free_ram - memory.needed_ram
+    if memory.n_cells and memory.embedding > left:
+        yield f"embedding texts would take {shown_bytes(memory.embedding)} more, which is not there"
+    if memory.lacks_room_to_save:
+        yield f"saved states may come to {shown_bytes(memory.saved)}, {shown_bytes(left)} are left; lower cache_ram"
 
 
 def _shortage(memory: MemoryPlan, config: ModelConfig) -> str:
@@ -334,6 +372,8 @@ def _shortage(memory: MemoryPlan, config: ModelConfig) -> str:
             f"{shown_bytes(memory.kv)} KV cache for {memory.n_cells} tokens ({config.type_k} K, {config.type_v} V)"
         )
     parts.append(f"{shown_bytes(memory.compute)} compute buffers")
+    if memory.loras:
+        parts.append(f"{shown_bytes(memory.loras)} LoRA adapters")
     if not memory.n_cells:
         parts.append(f"{shown_bytes(memory.embedding)} to embed a batch")
     mapped = "" if memory.weights_resident else f" (weights of {shown_bytes(memory.weights)} are mapped, not counted)"
@@ -348,6 +388,8 @@ def _ways_out(memory: MemoryPlan, config: ModelConfig) -> list[str]:
         ways.append("a smaller n_ctx or n_kv_cells, or fit='auto'" if config.fit == "refuse" else "a smaller n_ctx_min")
         if "q8_0" not in (config.type_k, config.type_v):
             ways.append("type_k='q8_0' with type_v='q8_0'")
+    if memory.loras:
+        ways.append("fewer lora_paths")
     if memory.needed_ram <= memory.free_ram:
         ways.append("a smaller n_gpu_layers")
     elif memory.weights_resident:

@@ -40,10 +40,14 @@ _STATE_KEYS: Final = ("ssm.", "wkv.", "shortconv.", "kda.", "token_shift_count")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFile:
-    """A GGUF file as its header describes it. `headers` has one entry for each shard of a split model."""
+    """A GGUF file as its header describes it. `headers` has one entry for each shard of a split model.
+
+    `loras` are those of the adapters that are to be loaded with it.
+    """
 
     info: ModelInfo
     headers: tuple[Header, ...]
+    loras: tuple[Header, ...] = ()
 
     @property
     def header(self) -> Header:

@@ -81,6 +81,16 @@ def cache_metrics_of(service: Service) -> CacheMetrics:
     )
 
 
+def kept_bytes_of(service: Service) -> int | None:
+    """Bytes of saved states that are free when the model is unloaded; None when that is so already."""
+    loaded = service.loaded
+    if loaded is None:
+        return None
+    cache = loaded.scheduler.cache
+    # With a disk they go into the line to it, which is memory too.
+    return cache.checkpoints.n_bytes + cache.tier.n_bytes if loaded.disk is None else 0
+
+
 def lora_metrics_of(service: Service) -> dict[str, LoraMetrics]:
     loaded = service.loaded
     return service.loras.snapshot({} if loaded is None else loaded.view.loras)

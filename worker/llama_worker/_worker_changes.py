@@ -23,6 +23,7 @@ from llama_worker._published import Published
 from llama_worker._reconfiguring import apply as apply_live
 from llama_worker._reconfiguring import changed as reconfigured
 from llama_worker._service import Service
+from llama_worker._snapshots import kept_bytes_of
 
 
 class WorkerChanges:
@@ -94,7 +95,7 @@ class WorkerChanges:
             raise InvalidRequestError("overlap", overlap, "it is True, False or 'auto'")
         # What was asked for last, which is more than what is served where that was made to fit.
         wanted = _changed(self._service.config if config is None else as_model_config(config), changes)
-        beside = check_reload(wanted, self._published.current, overlap) if self._loads_llama else bool(overlap)
+        beside = self._checked(wanted, overlap) if self._loads_llama else bool(overlap)
         command = Reload(
             config=wanted,
             when=when,
@@ -106,6 +107,9 @@ class WorkerChanges:
         if not self._channel.command(command):
             raise self._published.why_closed()
         return command
+
+    def _checked(self, wanted: ModelConfig, overlap: bool | Literal["auto"]) -> bool:
+        return check_reload(wanted, self._published.current, overlap, kept_bytes_of(self._service))
 
     # -- its adapters -------------------------------------------------------------------------------
 

@@ -50,6 +50,25 @@ class _Unfit(Exception):
     """Why it is no adapter, or not one for this model."""
 
 
+def lora_header(path: str) -> Header:
+    """What the header of the adapter at `path` says; milliseconds. Any thread. Raises LoraLoadError."""
+    file = existing_lora(path)
+    try:
+        return read_header(file)
+    except OSError as failed:
+        raise LoraLoadError(file.name, f"it cannot be read: {failed.strerror or failed}") from None
+    except ModelLoadError as refused:
+        raise LoraLoadError(file.name, str(refused)) from None
+
+
+def existing_lora(path: str) -> Path:
+    """The file that `path` names. Raises LoraLoadError."""
+    file = Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise LoraLoadError(file.name, f"there is no such file in {file.parent}; check the path")
+    return file
+
+
 def read_lora(path: Path) -> LoraFile:
     """Read and check the adapter at `path`, whole: its digest takes a second for a gigabyte. Any thread.
 

@@ -11,7 +11,7 @@ from llama_worker._engine.base import LoraInfo, ModelInfo
 from llama_worker._engine.layout import read_layout
 from llama_worker._engine.library import Library, Pointer
 from llama_worker._engine.log import collected_log, error_lines
-from llama_worker._engine.lora_file import LoraFile, read_lora, require_fit
+from llama_worker._engine.lora_file import LoraFile, existing_lora, read_lora, require_fit
 from llama_worker._errors import InsufficientMemoryError, LoraLoadError
 from llama_worker._free_memory import free_ram_bytes
 from llama_worker._identity import KVIdentity
@@ -50,10 +50,7 @@ def most_loras(info: ModelInfo) -> int:
 
 def checked_lora(path: str, info: ModelInfo) -> LoraFile:
     """The adapter at `path`, which fits the model of `info`. Any thread. Raises LoraLoadError."""
-    file = Path(path).expanduser().absolute()
-    if not file.is_file():
-        raise LoraLoadError(file.name, f"there is no such file in {file.parent}; check the path")
-    lora = read_lora(file)
+    lora = read_lora(existing_lora(path))
     require_fit(lora, info.architecture, read_layout(model_files(Path(info.path))).tensors)
     return lora
 
