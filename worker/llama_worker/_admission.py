@@ -16,7 +16,7 @@ from llama_worker._cancel import seconds_left
 from llama_worker._channel import CommandChannel, Ticket
 from llama_worker._commands import Request
 from llama_worker._errors import DeadlineExceeded, GenerationCancelled, QueueFull
-from llama_worker._streams import bell
+from llama_worker._loop_door import bell
 
 
 class Admission:

@@ -16,9 +16,10 @@ from llama_worker._cancel import CancelFlag, seconds_left
 from llama_worker._commands import EventSink
 from llama_worker._errors import InvalidRequestError, QueueFull, RequestError
 from llama_worker._events import Failed, Finished, Reply, StreamEvent
+from llama_worker._loop_door import loop_door
 from llama_worker._prompts import Prompt
 from llama_worker._requests import GenerationRequest
-from llama_worker._streams import LONGEST_WAIT, fold, loop_door
+from llama_worker._streams import LONGEST_WAIT, fold
 
 Ask: TypeAlias = Callable[[Prompt], GenerationRequest]
 NewFlag: TypeAlias = Callable[[float | None], tuple[CancelFlag, float | None]]

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from llama_worker._cancel import CancelFlag
 from llama_worker._commands import settle
 from llama_worker._errors import GenerationCancelled, WorkerClosed, copy_of
-from llama_worker._streams import bell
+from llama_worker._loop_door import bell
 from llama_worker._view import ModelView
 
 

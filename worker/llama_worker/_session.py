@@ -22,6 +22,7 @@ from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._cancel import CancelFlag, CancelScope
 from llama_worker._desk import Desk
 from llama_worker._errors import LlamaWorkerError, SessionClosedError, SessionFatalError, WorkerClosed
+from llama_worker._mailboxes import LastWord, Mailbox
 from llama_worker._manifest import Manifest
 from llama_worker._prompts import MessageLike, ToolLike
 from llama_worker._requests import GenerationRequest
@@ -29,7 +30,7 @@ from llama_worker._session_calls import Call, SessionCalls
 from llama_worker._session_report import ContextReport, PrefixStatus, SuffixStatus
 from llama_worker._session_state import SessionState
 from llama_worker._session_transfer import exported, imported
-from llama_worker._streams import AsyncEventStream, EventStream, LastWord, Mailbox
+from llama_worker._streams import AsyncEventStream, EventStream
 from llama_worker._view import ModelView
 
 R = TypeVar("R")

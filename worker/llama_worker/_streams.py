@@ -12,56 +12,18 @@ precision; for it the worker looks at the clock between two steps.
 from __future__ import annotations
 
 import asyncio
-import queue
 import time
-import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-from llama_worker import _postman
 from llama_worker._cancel import CancelFlag, seconds_left
 from llama_worker._errors import GenerationCancelled
 from llama_worker._events import Failed, Finished, Reply, StreamEvent, TextDelta, reply_of
+from llama_worker._loop_door import loop_door
+from llama_worker._mailboxes import AsyncMailbox, Mailbox
 
 LONGEST_WAIT = 1.0  # seconds; a wait is cut into such pieces so that Ctrl-C is seen on every platform
-
-
-class Mailbox:
-    """The sink of a sync stream: filled by the worker, emptied by the reader's thread."""
-
-    __slots__ = ("_queue", "_taken")
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
-        self._taken = 0
-        _postman.start()
-
-    def put(self, event: StreamEvent) -> None:
-        _postman.post(self._queue.put, event)
-
-    def get(self, timeout: float) -> StreamEvent | None:
-        try:
-            event = self._queue.get(timeout=max(timeout, 0.0))
-        except queue.Empty:
-            return None
-        self._taken += 1
-        return event
-
-    def taken_while_waiting(self) -> int | None:
-        return None if self._queue.empty() else self._taken
-
-
-class LastWord(Mailbox):
-    """The sink of a caller who wants the whole reply: it is not woken before the end, which has the whole text."""
-
-    __slots__ = ()
-
-    def put(self, event: StreamEvent) -> None:
-        if isinstance(event, Finished | Failed):
-            self._queue.put(event)
 
 
 class EventStream:
@@ -132,95 +94,6 @@ def _patience(deadline: float | None) -> float:
     # After the deadline the worker's answer is on its way: wait for it as for any other event.
     left = deadline - time.monotonic()
     return min(left, LONGEST_WAIT) if left > 0 else LONGEST_WAIT / 20
-
-
-class LoopDoor:
-    """The way into one event loop: many mailboxes, at most one wake-up under way."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._knocking = False
-        self._ready: deque[Callable[[], None]] = deque()
-
-    def knock(self, ready: Callable[[], None]) -> bool:
-        """Have `ready` called on the loop. Any thread. False when the loop is closed."""
-        loop = self._loop()
-        if loop is None:
-            return False
-        self._ready.append(ready)
-        if self._knocking:
-            return not loop.is_closed()
-        self._knocking = True
-        try:
-            loop.call_soon_threadsafe(self._open)
-        except RuntimeError:  # the loop closed under us
-            return False
-        return True
-
-    def _open(self) -> None:
-        # First lower the flag, then empty: what arrives meanwhile knocks again or is emptied here.
-        self._knocking = False
-        while self._ready:
-            self._ready.popleft()()
-
-
-_doors: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDoor] = weakref.WeakKeyDictionary()
-
-
-def bell() -> tuple[asyncio.Future[None], Callable[[], object]]:
-    """A future of the running loop, and what rings it: any thread, never blocks, as often as one likes."""
-    loop = asyncio.get_running_loop()
-    rung: asyncio.Future[None] = loop.create_future()
-    return rung, partial(loop_door(loop).knock, lambda: None if rung.done() else rung.set_result(None))
-
-
-def loop_door(loop: asyncio.AbstractEventLoop) -> LoopDoor:
-    """The door of `loop`; call it on that loop."""
-    door = _doors.get(loop)
-    if door is None:
-        door = _doors[loop] = LoopDoor(loop)
-    return door
-
-
-class AsyncMailbox:
-    """The sink of an async stream: filled by any thread, emptied on one event loop.
-
-    `whole`: the reader wants the last event only, and is not woken before.
-    """
-
-    __slots__ = ("__weakref__", "_cancel", "_door", "_events", "_reader", "_taken", "_whole")
-
-    def __init__(self, door: LoopDoor, cancel: CancelFlag, *, whole: bool = False) -> None:
-        self._door = door
-        self._cancel = cancel
-        self._whole = whole
-        self._events: deque[StreamEvent] = deque()
-        self._reader: asyncio.Future[None] | None = None
-        self._taken = 0
-
-    def put(self, event: StreamEvent) -> None:
-        if self._whole and not isinstance(event, Finished | Failed):
-            return
-        self._events.append(event)
-        if self._reader is not None and not self._door.knock(self._wake):
-            self._cancel.cancel()  # nobody can ever read it
-
-    async def get(self) -> StreamEvent:
-        while not self._events:
-            # The reader shows itself before it looks again, as put() stores before it looks for a reader.
-            self._reader = asyncio.get_running_loop().create_future()
-            if not self._events:
-                await self._reader
-            self._reader = None
-        self._taken += 1
-        return self._events.popleft()
-
-    def taken_while_waiting(self) -> int | None:
-        return self._taken if self._events else None
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 Start = Callable[[AsyncMailbox], Coroutine[Any, Any, None]]

@@ -12,6 +12,7 @@ from llama_worker._cache_transfer import CacheTransfer
 from llama_worker._desk import Desk
 from llama_worker._errors import InvalidRequestError
 from llama_worker._events import Reply
+from llama_worker._mailboxes import LastWord, Mailbox
 from llama_worker._prompts import (
     MessageLike,
     Prompt,
@@ -24,7 +25,7 @@ from llama_worker._prompts import (
 from llama_worker._requests import GenerationRequest
 from llama_worker._session import Session
 from llama_worker._session_report import PrefixStatus
-from llama_worker._streams import AsyncEventStream, EventStream, LastWord, Mailbox
+from llama_worker._streams import AsyncEventStream, EventStream
 from llama_worker._view import ModelView
 
 _WARM_UP = "Hello"
