@@ -207,6 +207,7 @@ REFUSED: dict[str, Any] = {
     "no gbnf": {"type": "gbnf", "grammar": "root ::= ("},
     "no choices": {"type": "choice", "choices": []},
     "nothing fits": {"type": "json_schema", "json_schema": {"allOf": [{"type": "string"}, {"type": "number"}]}},
+    "1 MB of enum": {"type": "json_schema", "json_schema": {"enum": [f"value {i:030d}" for i in range(30_000)]}},
     "itself": {"type": "json_schema", "json_schema": {"$ref": "#"}},
     "far away": {"type": "json_schema", "json_schema": {"$ref": "https://example.org/s.json"}},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from llama_worker import (
     InvalidToolCall,
     LlamaWorker,
     Message,
+    ModelConfig,
     TextDelta,
     ToolCall,
     ToolCallEnded,
@@ -340,10 +342,22 @@ def test_a_schema_that_cannot_be_enforced_whole_is_checked_at_the_end() -> None:
 # --- what is refused
 
 
+def _taking(schema: dict[str, Any]) -> dict[str, Any]:
+    """A tool with one parameter."""
+    return {"name": "f", "parameters": {"type": "object", "properties": {"p": schema}, "required": ["p"]}}
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "no such tool": {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
     "required without tools": {"tool_choice": "required"},
     "two of one name": {"tools": [NOW, NOW]},
+    "no name": {"tools": [{"description": "a tool"}]},
+    "an empty name": {"tools": [{"name": ""}]},
+    "an empty name in OpenAI's form": {"tools": [{"type": "function", "function": {"name": ""}}]},
+    "a schema that nothing fits": {"tools": [_taking({"allOf": [{"const": 1}, {"const": 2}]})]},
+    "a schema that is itself": {"tools": [{"name": "f", "parameters": {"$ref": "#"}}]},
+    "a schema that is far away": {"tools": [_taking({"$ref": "https://example.org/s.json"})]},
+    "not": {"tools": [_taking({"not": {"type": "string"}})]},
     "no such choice": {"tools": [NOW], "tool_choice": "perhaps"},
     "ignore_eos": {"tools": [NOW], "ignore_eos": True},
     "a schema that is none": {"tools": [{"name": "f", "parameters": {"type": "objekt"}}], "tool_choice": "required"},
@@ -383,6 +397,18 @@ def test_what_cannot_work_is_refused_at_once(refusing: LlamaWorker, asked: dict[
 def test_a_raw_prompt_has_no_tools_and_no_thoughts(refusing: LlamaWorker, asked: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="raw prompt"):
         refusing.generate("Once upon", **asked)
+
+
+@pytest.mark.engine
+def test_a_description_of_ten_thousand_characters_is_read_and_the_tool_called(tiny_llama: Path) -> None:
+    short = _taking({"enum": ["a", "b"]})
+    tool = {**short, "description": "Tells the weather. " * 526 + "Alike."}
+    assert len(tool["description"]) == 10_000
+    with LlamaWorker(ModelConfig(model=str(tiny_llama), n_ctx=16_384, n_parallel=1, n_threads=1)) as worker:
+        assert worker.count_tokens(ASK, tools=[tool]) - worker.count_tokens(ASK, tools=[short]) > 2000
+        reply = worker.generate(ASK, tools=[tool], tool_choice="required", max_tokens=100)
+    (call,) = reply.tool_calls
+    assert (call.name, call.arguments["p"] in ("a", "b")) == ("f", True)
 
 
 def test_tokens_of_tools_are_counted(template: str | None) -> None:
