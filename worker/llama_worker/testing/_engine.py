@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -323,7 +323,7 @@ class FakeEngine:
             if span.start and self._marks[span.seq] != self.kv.mark:
                 raise ValueError(f"sequence {span.seq} was computed with other adapters")
 
-    def _compute(self, spans: Sequence[Span]) -> None:
+    def _compute(self, spans: Iterable[Span]) -> None:
         row = 0
         for span in spans:
             held = self._seqs[span.seq]
@@ -341,7 +341,7 @@ class FakeEngine:
     def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
         """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
         if status in (DecodeStatus.ABORTED, DecodeStatus.ALLOC_FAILED, DecodeStatus.COMPUTE_FAILED):
-            self._compute(spans[: (len(spans) + 1) // 2])
+            self._compute(_first_half(spans))
             self._outputs = {}
         return status
 
@@ -353,6 +353,15 @@ class FakeEngine:
         np.maximum.at(logits, _LETTERS, noise[1:])
         logits[IM_END] = noise[0]
         return logits
+
+
+def _first_half(spans: Sequence[Span]) -> Iterator[Span]:
+    """Of the rows of all, so that it may end within a span."""
+    left = (sum(len(span.tokens) for span in spans) + 1) // 2
+    for span in spans:
+        if left > 0:
+            yield span._replace(tokens=span.tokens[:left])
+        left -= len(span.tokens)
 
 
 def _random(seed: bytes, n: int) -> Floats:
