@@ -175,10 +175,13 @@ def test_constraint_may_be_handed_from_thread_to_thread() -> None:
 
 
 def test_first_mask_is_there_when_the_constraint_is() -> None:
-    made = COMPILER.constraint(grammar(tools=(TOOL,)))
-    started = time.thread_time()
-    made.mask()
-    assert time.thread_time() - started < 0.002
+    times = []
+    for _ in range(5):  # the fastest: a collection of garbage may fall into any one
+        made = COMPILER.constraint(grammar(tools=(TOOL,)))
+        started = time.thread_time()
+        made.mask()
+        times.append(time.thread_time() - started)
+    assert min(times) < 0.002
 
 
 def test_forced_tokens_come_in_bounded_portions() -> None:

@@ -19,6 +19,7 @@ from llama_worker import LlamaWorker, ModelConfig, WorkerConfig
 from llama_worker._engine.base import DecodeStatus, LoadedModel, Span
 from llama_worker._engine.library import library
 from llama_worker._engine.llama import LlamaEngine, load
+from tests.worker.waiting import wait_until
 
 
 def failed_assertion(engine: LlamaEngine) -> None:
@@ -116,13 +117,6 @@ def occupy(worker: LlamaWorker, callers: Callers) -> None:
     wait_until(lambda: worker.status().callers_waiting >= 5)
     callers.call("reload", lambda: worker.reload(n_ctx=2048))
     wait_until(lambda: worker.status().state == "draining")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.001)
 
 
 def main(kind: str, model: str, contain: str) -> None:

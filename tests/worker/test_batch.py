@@ -29,7 +29,7 @@ from llama_worker import (
 from llama_worker._batch import Batch
 from llama_worker._cancel import CancelFlag
 from llama_worker.testing import Fault, Gate, fake_loader, fake_worker
-from tests.worker.waiting import in_thread, wait_until
+from tests.worker.waiting import in_thread, until, wait_until
 
 
 def both_ways(worker: LlamaWorker, prompts: Sequence[Any], **options: Any) -> list[list[Reply | Exception]]:
@@ -168,8 +168,7 @@ async def test_a_task_that_is_cancelled_cancels_them_all():
     with worker:
         gate.shut()
         batch = asyncio.create_task(worker.ainfer_batch(["a"] * 30))
-        while not worker.status().callers_waiting:
-            await asyncio.sleep(0)
+        await until(lambda: worker.status().callers_waiting)
         batch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await batch

@@ -29,6 +29,7 @@ from llama_worker._entry import Entry, entry_of, saved_prefix
 from llama_worker._other_load import OtherLoad
 from llama_worker.testing import Fault, fake_loader, fake_worker
 from tests.worker.test_going_back import alone, opened
+from tests.worker.waiting import wait_until
 
 KINDS = ["plain", "window", "hybrid"]
 WORDS = "what was said about it before " * 10
@@ -425,7 +426,7 @@ def test_a_model_that_was_let_go_is_loaded_for_an_import(worker: LlamaWorker, ke
     with fake_worker(worker_config=WorkerConfig(keep_alive=keep_alive)) as other:
         for bring in (
             lambda: other.import_cache(tmp_path),
-            lambda: other._transfer.import_prefix(other._view(), data).result(10),
+            lambda: other._transfer.import_prefix(other._view(), data).result(60),
         ):
             until_unloaded(other)
             assert bring()
@@ -439,17 +440,16 @@ def test_an_import_during_a_reload_is_kept_by_the_new_load(worker: LlamaWorker, 
 
     def loader(config: ModelConfig) -> Any:
         if next(loads):
-            gate.wait(10)
+            gate.wait(60)
         return fake_loader()(config)
 
     with fake_worker(loader=loader) as other, ThreadPoolExecutor(2) as pool:
         reload = pool.submit(other.reload, overlap=False, n_parallel=2)
-        while other.status().state == "ready":
-            pass
+        wait_until(lambda: other.status().state != "ready")
         importing = pool.submit(other.import_cache, tmp_path)
         gate.set()
-        reload.result(10)
-        assert importing.result(10) == 1
+        reload.result(60)
+        assert importing.result(60) == 1
         assert other.generate(WORDS, max_tokens=4).usage.cached_tokens >= len(WORDS)
 
 
@@ -466,9 +466,8 @@ def test_who_waits_with_a_transfer_hears_that_the_model_is_gone(worker: LlamaWor
         until_unloaded(other)
         gone.set()
         with pytest.raises(ModelLoadError, match="is gone"):
-            other._transfer.import_cache(other._view(), tmp_path).result(10)
+            other._transfer.import_cache(other._view(), tmp_path).result(60)
 
 
 def until_unloaded(worker: LlamaWorker) -> None:
-    while worker.status().state != "unloaded":
-        pass
+    wait_until(lambda: worker.status().state == "unloaded")

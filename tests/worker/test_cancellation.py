@@ -10,13 +10,14 @@ from llama_worker import (
     Failed,
     Finished,
     GenerationCancelled,
+    StreamEvent,
     TextDelta,
     cancel_scope,
 )
 from llama_worker._engine.base import DecodeStatus
 from llama_worker.testing import FakeEngine, Fault, Gate, assert_well_formed, fake_loader, fake_worker
 from tests.worker.bench import Bench
-from tests.worker.waiting import in_thread, wait_until
+from tests.worker.waiting import in_thread, until, wait_until
 
 
 def test_cancelled_while_it_waits_for_a_slot():
@@ -107,15 +108,18 @@ def test_a_deadline_ends_a_request_wherever_it_is():
 def test_a_reader_that_waits_is_the_timer_that_aborts_a_running_decode():
     engines: list[FakeEngine] = []
     with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang")], seen=engines.append)) as worker:
-        with pytest.raises(DeadlineExceeded):
-            worker.generate("hello", timeout=0.05)
+        while not engines[0].hanging.is_set():  # a deadline that passes before the decode shows nothing
+            with pytest.raises(DeadlineExceeded):
+                worker.generate("hello", timeout=0.05)
         assert worker.generate("hello", max_tokens=2).usage.completion_tokens <= 2
 
 
 async def test_an_async_reader_is_its_own_timer_too():
-    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang")])) as worker:
-        with pytest.raises(DeadlineExceeded):
-            await worker.agenerate("hello", timeout=0.05)
+    engines: list[FakeEngine] = []
+    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang")], seen=engines.append)) as worker:
+        while not engines[0].hanging.is_set():
+            with pytest.raises(DeadlineExceeded):
+                await worker.agenerate("hello", timeout=0.05)
 
 
 def test_leaving_closing_and_dropping_a_stream_cancel_its_request():
@@ -145,38 +149,62 @@ def test_a_stream_that_is_closed_after_its_end_changes_nothing():
 async def test_a_cancelled_task_cancels_its_request():
     with fake_worker() as worker:
         task = asyncio.create_task(worker.agenerate("hello", max_tokens=4000, ignore_eos=True))
-        while worker.status().running == 0:
-            await asyncio.sleep(0)
+        await until(lambda: worker.status().running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while worker.status().running:
-            await asyncio.sleep(0)
+        await until(lambda: not worker.status().running)
         assert (await worker.agenerate("hello", max_tokens=3)).usage.completion_tokens <= 3
 
 
 async def test_leaving_an_async_iteration_cancels_its_request():
-    with fake_worker() as worker:
+    """In a decode that nothing else ends."""
+    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang", 3)])) as worker:
         async for _ in worker.astream("hello", max_tokens=4000, ignore_eos=True):
             break
         gc.collect()
-        while worker.status().running:
+        await until(lambda: not worker.status().running)
+        assert worker.metrics().finished == {"cancelled": 1}
+
+
+def test_a_loop_that_ends_cancels_what_its_tasks_wait_for():
+    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang", 2)])) as worker:
+        stream = worker.astream("hello", max_tokens=4000, ignore_eos=True)
+
+        async def begin() -> asyncio.Future[StreamEvent]:
+            await anext(stream)
+            waits = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(0)
+            return waits
 
-
-def test_a_loop_that_closed_under_a_stream_cancels_it():
-    with fake_worker() as worker:
-        streams = []
-
-        async def begin() -> None:
-            stream = worker.astream("hello", max_tokens=4000, ignore_eos=True)
-            streams.append(stream)
-            await stream.__anext__()
-            streams.append(asyncio.ensure_future(stream.__anext__()))
-            await asyncio.sleep(0)
-
-        asyncio.run(begin())
+        assert asyncio.run(begin()).cancelled()
         wait_until(lambda: worker.status().running == 0)
+        assert worker.metrics().finished == {"cancelled": 1}
+
+
+def test_a_loop_that_closed_under_a_reader_cancels_its_request():
+    gate = Gate()
+    with fake_worker(loader=fake_loader(gate=gate)) as worker:
+        stream, loop = worker.astream("hello", max_tokens=4000, ignore_eos=True), asyncio.new_event_loop()
+
+        async def begin() -> asyncio.Future[StreamEvent]:
+            await anext(stream)
+            gate.shut()
+            await asyncio.to_thread(gate.wait_reached)
+            while stream._mailbox._events:
+                await anext(stream)
+            waits = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            return waits
+
+        waits = loop.run_until_complete(begin())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        gate.open()
+        wait_until(lambda: worker.status().running == 0)
+        assert worker.metrics().finished == {"cancelled": 1}
+        assert not waits.done(), "nobody told the reader"
+        waits._log_destroy_pending = False
 
 
 def test_a_scope_cancels_what_is_submitted_beneath_it_and_nothing_else():
@@ -196,9 +224,11 @@ def test_a_scope_cancels_what_is_submitted_beneath_it_and_nothing_else():
 
 
 def test_nested_scopes_and_their_deadlines():
-    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang")])) as worker:
-        with cancel_scope(deadline=60), cancel_scope(deadline=0.05), pytest.raises(DeadlineExceeded):
-            worker.generate("hello")
+    engines: list[FakeEngine] = []
+    with fake_worker(loader=fake_loader(faults=[Fault("decode", "hang")], seen=engines.append)) as worker:
+        while not engines[0].hanging.is_set():
+            with cancel_scope(deadline=60), cancel_scope(deadline=0.05), pytest.raises(DeadlineExceeded):
+                worker.generate("hello")
         assert worker.generate("hello", max_tokens=1).usage.completion_tokens <= 1
 
 

@@ -15,7 +15,6 @@ import pytest
 from llama_worker import ConfigError, WorkerConfig
 from llama_worker._parking import guarded, park_if_guarded
 
-SCRIPT = Path(__file__).with_name("crash_under_load.py")
 KINDS = {
     "failed_assertion": "llama-sampler.cpp",
     "failed_assertion_with_the_gil": "llama-sampler.cpp",
@@ -25,7 +24,7 @@ KINDS = {
 
 
 def crash_under_load(kind: str, model: Path, contain: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), kind, str(model), contain]
+    command = [sys.executable, "-m", "tests.worker.crash_under_load", kind, str(model), contain]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 

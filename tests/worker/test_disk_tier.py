@@ -54,7 +54,7 @@ def with_disk(kind: str, folder: Path, **config: Any) -> Bench:
 
 def settled(bench: Bench) -> Any:
     """The metrics, when everything is written that is to be."""
-    begin(lambda: None).result(10)
+    begin(lambda: None).result(60)
     return cache_metrics_of(bench.service)
 
 
@@ -229,7 +229,7 @@ def test_the_end_waits_for_what_every_model_has_to_write(how: str, tmp_path: Pat
             worker.reload(model="fake://other")
         closing = Thread(target=worker.close)
         closing.start()
-        worker._service.freed.result(5)
+        worker._service.freed.result(60)
         assert worker._service.loaded is None
         closing.join(0.2)
         assert closing.is_alive()
@@ -464,6 +464,7 @@ def test_requests_go_on_with_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptu
 def test_requests_go_on_with_a_file_in_the_place_of_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "file").touch()
     serves_on(with_disk("plain", tmp_path / "file"), caplog)
+    assert (tmp_path / "file").read_bytes() == b"", "whose it is stays as it was"
 
 
 def test_requests_go_on_when_the_folder_becomes_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -476,6 +477,7 @@ def test_requests_go_on_when_the_folder_becomes_a_file(tmp_path: Path, caplog: p
     (tmp_path / "kept").rmdir()
     (tmp_path / "kept").touch()
     serves_on(bench, caplog)
+    assert (tmp_path / "kept").read_bytes() == b""
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path: Path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,11 @@ PATIENCE = 2.0  # seconds from the end of the program to the end of the process
 PRELUDE = """
     import logging, sys, threading, time
     from llama_worker import *
+    from tests.worker.waiting import wait_until
 
     ENDLESS = dict(ignore_eos=True, max_tokens=4000)
     config = ModelConfig(model=sys.argv[1], n_ctx=8192, n_parallel=4, n_threads=1)
 
-    def wait_until(condition):
-        until = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.001)
 """
 
 STATES = {
@@ -98,8 +95,8 @@ def test_the_interpreter_leaves_at_once(state: str, tiny_llama: Path) -> None:
 
 def seconds_queued(process: "subprocess.Popen[str]") -> float:
     """Waits for its end. How long its main thread was ready to run and others had the cores: that is not its doing."""
-    queued = 0
-    while process.poll() is None:
+    while True:
         queued = int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1])
-        time.sleep(0.005)
-    return queued / 1e9
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.005)
+            return queued / 1e9

@@ -102,7 +102,7 @@ def test_a_worker_that_is_dropped_ends_its_thread_and_frees_its_engine():
     thread = worker._thread
     del worker
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert engines[0].closed
     assert all(sampler.closed for sampler in engines[0].samplers)

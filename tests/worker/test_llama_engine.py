@@ -136,6 +136,7 @@ def test_a_prompt_in_chunks_computes_the_same(engine: LlamaEngine):
     whole = prefill(engine, prompt, seq=0)
     for at in range(0, 300, 70):
         chunked = prefill(engine, prompt[at : at + 70], seq=1)
+    assert engine.seq_end(1) == 300
     close_to(chunked, whole)
 
 

@@ -260,10 +260,10 @@ def test_freed_in_use_it_is_used_no_longer(contract: tuple[Engine, KVIdentity]):
     goes_on(engine, 1)
 
 
-def test_a_file_that_is_not_there_is_named(contract: tuple[Engine, KVIdentity]):
+def test_a_file_that_is_not_there_is_named(contract: tuple[Engine, KVIdentity], tmp_path: Path):
     engine, _ = contract
     with pytest.raises(LoraLoadError, match=r"absent\.gguf.*no such file"):
-        engine.load_lora("/nowhere/absent.gguf")
+        engine.load_lora(str(tmp_path / "absent.gguf"))
 
 
 def test_the_same_content_is_loaded_once(tiny_llama: Path, style: Path, tmp_path: Path):

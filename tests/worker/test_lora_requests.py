@@ -28,6 +28,7 @@ from llama_worker import (
 from llama_worker._commands import ChangeLora
 from llama_worker.testing import FakeEngine, Fault, Gate, fake_loader, fake_worker
 from tests import synth_lora
+from tests.worker.waiting import wait_until
 
 PATHS = {"a": "fake://a", "b": "fake://b"}
 
@@ -179,23 +180,23 @@ def test_added_later_it_is_offered_from_then_on():
         assert worker.generate("hello", max_tokens=8, loras="a").text == added
 
 
-async def test_the_async_twins_do_the_same():
+async def test_the_async_twins_do_the_same(tmp_path: Path):
     with fake_worker() as worker:
         await worker.aadd_lora("a", "fake://a")
         assert set(worker.loras) == {"a"}
         with pytest.raises(LoraLoadError):
-            await worker.aadd_lora("b", "/nowhere")
+            await worker.aadd_lora("b", str(tmp_path / "absent.gguf"))
         await worker.aremove_lora("a")
         with pytest.raises(InvalidRequestError):
             await worker.aremove_lora("a")
         assert not worker.loras
 
 
-def test_one_that_cannot_be_loaded_changes_nothing():
+def test_one_that_cannot_be_loaded_changes_nothing(tmp_path: Path):
     with fake_worker(lora_paths=PATHS) as worker:
         before = dict(worker.loras)
         with pytest.raises(LoraLoadError, match="no such file"):
-            worker.add_lora("a", "/nowhere.gguf")
+            worker.add_lora("a", str(tmp_path / "absent.gguf"))
         for name, path in (("", "fake://c"), ("c", ""), ("c" * 200, "fake://c")):
             with pytest.raises(ConfigError):
                 worker.add_lora(name, path)
@@ -297,10 +298,10 @@ def test_a_reload_keeps_or_replaces_them_as_its_configuration_says():
         assert not worker.loras
 
 
-def test_a_reload_whose_adapters_cannot_be_loaded_leaves_the_former_model():
+def test_a_reload_whose_adapters_cannot_be_loaded_leaves_the_former_model(tmp_path: Path):
     with fake_worker(lora_paths=PATHS) as worker:
         with pytest.raises(ModelLoadError) as refused:
-            worker.reload(lora_paths={"a": "/nowhere.gguf"})
+            worker.reload(lora_paths={"a": str(tmp_path / "absent.gguf")})
         assert refused.value.previous_restored
         assert set(worker.loras) == {"a", "b"}
         assert worker.generate("hello", max_tokens=2, loras="a").text
@@ -340,14 +341,13 @@ def unloaded(*missing: str) -> LlamaWorker:
         return fake_loader()(config)
 
     worker = fake_worker(loader=load, worker_config=WorkerConfig(keep_alive=0.0), lora_paths=PATHS)
-    while worker.status().state != "unloaded":
-        pass
+    wait_until(lambda: worker.status().state == "unloaded")
     gone.set()
     return worker
 
 
 def soon(change: ChangeLora) -> None:
-    change.answer.result(10)
+    change.answer.result(60)
 
 
 def test_an_adapter_whose_file_is_gone_can_be_removed_from_a_model_that_was_let_go():
@@ -396,7 +396,7 @@ def test_a_worker_that_ends_answers_who_waits_for_a_change():
     held.worker.cancel_all()
     held.worker.close()
     held.gate.open()
-    adding.join(10)
+    adding.join(60)
     assert not adding.is_alive()
     assert all(isinstance(error, WorkerClosed) for error in answers)
     with pytest.raises(WorkerClosed):

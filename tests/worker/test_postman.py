@@ -22,7 +22,7 @@ def test_letters_arrive_in_the_order_of_each_sender() -> None:
     senders = [threading.Thread(target=send, args=(sender,)) for sender in range(4)]
     for thread in senders:
         thread.start()
-    letters = [arrived.get(timeout=10) for _ in range(800)]
+    letters = [arrived.get(timeout=60) for _ in range(800)]
     for thread in senders:
         thread.join()
     assert all([n for s, n in letters if s == sender] == list(range(200)) for sender in range(4))
@@ -44,5 +44,5 @@ def test_a_forked_child_has_a_postman_of_its_own() -> None:
         arrived: queue.SimpleQueue[str] = queue.SimpleQueue()
         _postman.start()
         _postman.post(arrived.put, "here")
-        os._exit(0 if arrived.get(timeout=10) == "here" else 1)
+        os._exit(0 if arrived.get(timeout=60) == "here" else 1)
     assert os.waitpid(child, 0)[1] == 0

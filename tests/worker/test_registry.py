@@ -98,7 +98,7 @@ def _no_gc() -> Iterator[None]:
 
 def ended(threads: list[threading.Thread]) -> bool:
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     return not any(thread.is_alive() for thread in threads)
 
 
@@ -235,7 +235,7 @@ class SlowToFree(FakeEngine):
         self.may_go = may_go
 
     def close(self) -> None:
-        self.may_go.wait(10)
+        self.may_go.wait(60)
         super().close()
 
 

@@ -27,7 +27,7 @@ from llama_worker._engine.progress import LoadProgress, current_progress, watche
 from llama_worker._progress_bar import progress_bar
 from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
 from tests.worker.bench import Bench
-from tests.worker.waiting import in_thread, wait_until
+from tests.worker.waiting import in_thread, until, wait_until
 
 CHAT = [Message(role="user", content="hello")]
 
@@ -143,17 +143,13 @@ async def test_areload_does_not_block_the_loop_and_survives_its_tasks_cancellati
         running = asyncio.create_task(worker.agenerate("hello"))
         await asyncio.to_thread(gate.wait_reached)
         reload = asyncio.create_task(worker.areload(n_ctx=512))
-        while worker._channel._controls or worker.status().state == "ready":
-            if worker.status().state == "ready" and worker._channel._controls:
-                break
-            await asyncio.sleep(0)
+        await until(lambda: worker._channel.has_controls or worker.status().state != "ready")
         reload.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reload
         gate.open()
         assert (await running).text == "answer"
-        while worker.status().epoch < 2:
-            await asyncio.sleep(0)
+        await until(lambda: worker.status().epoch == 2)
         assert (await worker.agenerate("again")).text == "answer"
         assert worker.n_ctx == 512
 
@@ -278,7 +274,7 @@ def test_with_overlap_the_old_model_serves_until_the_new_one_is_there():
     loader = HeldLoader()
     with fake_worker(loader=loader) as worker:
         reload = in_thread(lambda: worker.reload("fake://other", overlap=True))
-        assert loader.reached.wait(10)
+        assert loader.reached.wait(60)
         assert [worker.generate(CHAT).model for _ in range(3)] == ["model"] * 3
         loader.go.set()
         assert reload() is None
@@ -300,7 +296,7 @@ def test_who_waits_while_a_model_is_loaded_is_answered_when_his_time_is_up():
     loader = HeldLoader()
     with fake_worker(loader=loader) as worker:
         reload = in_thread(lambda: worker.reload("fake://other"))
-        assert loader.reached.wait(10)
+        assert loader.reached.wait(60)
         late, cancelled = worker.stream(CHAT, timeout=0.05), worker.stream(CHAT)
         patient = worker.stream(CHAT)
         with pytest.raises(DeadlineExceeded):
@@ -318,7 +314,7 @@ def test_closing_ends_a_load():
     loader = HeldLoader()
     worker = fake_worker(loader=loader)
     reload = in_thread(lambda: worker.reload("fake://other"))
-    assert loader.reached.wait(10)
+    assert loader.reached.wait(60)
     worker.close()
     assert isinstance(reload(), WorkerClosed)
 
@@ -327,7 +323,7 @@ def test_a_later_reload_supersedes_one_that_is_still_loading():
     loader = HeldLoader()
     with fake_worker(loader=loader) as worker:
         first = in_thread(lambda: worker.reload("fake://first"))
-        assert loader.reached.wait(10)
+        assert loader.reached.wait(60)
         second = in_thread(lambda: worker.reload("fake://second"))
         assert "superseded" in str(first())
         loader.go.set()
@@ -453,7 +449,7 @@ def test_the_worker_sleeps_while_a_model_is_loaded_for_who_waits():
     loader = HeldLoader()
     with fake_worker(loader=loader) as worker:
         reload = in_thread(lambda: worker.reload("fake://other"))
-        assert loader.reached.wait(10)
+        assert loader.reached.wait(60)
         waiting = worker.stream(CHAT)
         channel, waits = worker._channel, []
         wait_for = channel._changed.wait_for
@@ -474,11 +470,11 @@ def test_a_reload_that_supersedes_the_first_load_and_fails_brings_the_first_mode
         if "broken" in config.model:
             raise ModelLoadError("cannot be loaded")
         first.set()
-        go.wait(10)
+        go.wait(60)
         return inner(config)
 
     worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
-    assert first.wait(10)
+    assert first.wait(60)
     reload = in_thread(lambda: worker.reload("fake://broken"))
     wait_until(lambda: worker._service.change is not None and worker._service.change.command is not None)
     go.set()
@@ -568,7 +564,7 @@ def test_who_waits_for_the_first_load_can_be_cancelled():
     inner = fake_loader("answer")
 
     def load(config: ModelConfig) -> LoadedModel:
-        go.wait(10)
+        go.wait(60)
         return inner(config)
 
     worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
@@ -586,15 +582,14 @@ async def test_a_task_that_waits_for_the_first_load_is_cancelled_by_its_scope_or
     inner = fake_loader("answer")
 
     def load(config: ModelConfig) -> LoadedModel:
-        go.wait(10)
+        go.wait(60)
         return inner(config)
 
     worker = LlamaWorker.begin(ModelConfig(model="fake://model"), loader=load)
     with cancel_scope() as scope:
         in_scope = [asyncio.ensure_future(ask) for ask in (worker.agenerate(CHAT), worker.aembed(["text"]))]
     outside = asyncio.ensure_future(worker.agenerate(CHAT))
-    while len(worker._desk._everything._flags) < 3:
-        await asyncio.sleep(0)
+    await until(lambda: len(worker._desk._everything._flags) == 3)
     scope.cancel()
     for asking in in_scope:
         with pytest.raises(GenerationCancelled):

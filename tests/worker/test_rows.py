@@ -45,7 +45,10 @@ def test_whatever_is_no_number_is_found_wherever_it_is(scan: RowScan, index: int
 
 
 def test_banned_tokens_are_allowed_also_five_hundred_in_a_row(scan: RowScan) -> None:
-    scan.require_finite(row(*[(index, float("-inf")) for index in range(500, 1000)]))
+    banned = [(index, float("-inf")) for index in range(500, 1000)]
+    scan.require_finite(row(*banned))
+    with pytest.raises(GenerationError, match="not finite"):  # they hide nothing
+        scan.require_finite(row(*banned, (750, float("nan"))))
 
 
 def test_the_greatest_is_found_until_the_gil_was_lost() -> None:

@@ -36,6 +36,7 @@ from llama_worker._engine.base import DecodeStatus
 from llama_worker._prefix_cache import PrefixCache
 from llama_worker._scheduler import WORTH_WAITING
 from llama_worker.testing import FakeEngine, Fault, Gate, assert_well_formed, fake_loader, fake_worker
+from tests.worker.waiting import wait_until
 
 SYSTEM = Message(role="system", content="You are a lighthouse. " * 12)
 USER = Message(role="user", content="How tall are you, and since when? " * 4)
@@ -384,8 +385,7 @@ def test_a_call_that_waits_through_a_reload_is_prepared_for_the_new_model(staged
         stage.gate.wait_reached()
         suffix = pool.submit(holding.prefill_suffix, [USER])
         prefix = pool.submit(waiting.ensure_prefix, [SYSTEM])
-        while stage.worker.status().queued + stage.worker.status().waiting < 2:
-            threading.Event().wait(0.001)
+        wait_until(lambda: stage.worker.status().queued + stage.worker.status().waiting == 2)
         reload = pool.submit(stage.worker.reload, model="fake://other", when="now")
         stage.gate.open()
         reload.result(30)

@@ -29,6 +29,7 @@ from llama_worker import (
 from llama_worker.testing import Gate, fake_loader, fake_worker
 from tests.worker.test_checkpoints import MODELS
 from tests.worker.test_session import MORE, REPLY, SYSTEM, TOOL, USER
+from tests.worker.waiting import wait_until
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "hybrid"])
@@ -236,11 +237,10 @@ def test_an_export_that_waits_ends_with_its_session(busy: Busy, asynchronous: bo
 
     with ThreadPoolExecutor(1) as pool:
         exporting = pool.submit(export)
-        while not busy.worker._service.transfers and not busy.worker._channel.has_controls:
-            pass
+        wait_until(lambda: busy.worker._service.transfers or busy.worker._channel.has_controls)
         busy.session.close()
         with pytest.raises(GenerationCancelled):
-            exporting.result(10)
+            exporting.result(60)
 
 
 def test_a_closed_or_empty_session_exports_nothing(opened: Callable[..., LlamaWorker]):

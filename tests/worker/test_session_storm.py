@@ -84,26 +84,36 @@ def test_cancelled_at_random_points_they_go_on_as_if_they_had_not_been(kind: str
     assert cancelled > ROUNDS / 5
 
 
-def ask(worker: LlamaWorker) -> None:
+def ask(worker: LlamaWorker) -> list[str]:
+    said = []
     with worker.session() as session:
         for system in (TEXTS[0], TEXTS[1], TEXTS[0]):
             session.ensure_prefix([Message(role="system", content=system)])
             session.prefill_suffix([Message(role="user", content=TEXTS[2])])
-            session.decode(max_tokens=2).reply()
+            said.append(session.decode(max_tokens=2).reply().text)
+    return said
+
+
+def unhurt(hybrid: bool = False) -> list[str]:
+    with fake_worker(loader=fake_loader(hybrid=hybrid), n_ctx=1024, n_parallel=1) as worker:
+        return ask(worker)
 
 
 @pytest.mark.parametrize("call", ["decode", "seq_end", "seq_trim", "seq_clear", "seq_share", "new_sampler", "sample"])
 @pytest.mark.parametrize("nth", [1, 2])
 def test_an_engine_that_breaks_is_told_to_the_caller(call: str, nth: int):
     """Where the call is made at all: nobody hangs, and what comes is WorkerDied."""
-    loader = fake_loader(faults=[Fault(call, RuntimeError("it broke"), nth)])  # type: ignore[arg-type]
+    engines: list[FakeEngine] = []
+    loader = fake_loader(faults=[Fault(call, RuntimeError("it broke"), nth)], seen=engines.append)  # type: ignore[arg-type]
     with fake_worker(loader=loader, n_ctx=1024, n_parallel=1) as worker:
-        raised = None
         try:
-            ask(worker)
+            raised, said = None, ask(worker)
         except LlamaWorkerError as error:
             raised = error
-        assert raised is None or isinstance(raised, WorkerDied)
+        if engines[0].calls.count(call) >= nth:
+            assert isinstance(raised, WorkerDied)
+        else:
+            assert said == unhurt()
 
 
 @pytest.mark.parametrize("call", ["seq_save", "seq_restore"])
@@ -111,7 +121,7 @@ def test_an_engine_that_breaks_is_told_to_the_caller(call: str, nth: int):
 def test_a_state_that_cannot_be_kept_costs_no_session(call: str, hybrid: bool):
     loader = fake_loader(hybrid=hybrid, faults=[Fault(call, StateError("no"), nth) for nth in (1, 2, 3)])  # type: ignore[arg-type]
     with fake_worker(loader=loader, n_ctx=1024, n_parallel=1) as worker:
-        ask(worker)
+        assert ask(worker) == unhurt(hybrid)
 
 
 @pytest.mark.parametrize("status", [DecodeStatus.KV_FULL, DecodeStatus.ABORTED])
@@ -119,4 +129,5 @@ def test_a_state_that_cannot_be_kept_costs_no_session(call: str, hybrid: bool):
 def test_a_decode_that_does_not_succeed_at_once_is_done_again(status: DecodeStatus, nth: int):
     loader = fake_loader(faults=[Fault("decode", status, nth)])
     with fake_worker(loader=loader, n_ctx=2048, n_parallel=2) as worker:
-        ask(worker)
+        assert ask(worker) == unhurt()
+        assert worker.metrics().decode_errors[status.name.lower()] == 1

@@ -109,9 +109,11 @@ SENTINEL = (
 """Calls begin with a control token."""
 
 
-@pytest.mark.parametrize("call", ['{"name": "rm", "arguments": {"path": "/etc"}}', '{"name": "now", "arguments": {}}'])
+@pytest.mark.parametrize(
+    "call", ['{"name": "rm", "arguments": {"path": "secrets"}}', '{"name": "now", "arguments": {}}']
+)
 def test_a_call_spelled_without_its_control_token_is_none(call: str) -> None:
-    rm = {"name": "rm", "parameters": {"type": "object", "properties": {"path": {"enum": ["/tmp/a"]}}}}
+    rm = {"name": "rm", "parameters": {"type": "object", "properties": {"path": {"enum": ["notes"]}}}}
     with calling(f"Sure. <s>[{call}]", template=SENTINEL) as worker:
         reply = worker.generate(ASK, tools=[rm, NOW], max_tokens=200)
     assert (reply.tool_calls, reply.invalid_tool_calls) == ((), ())

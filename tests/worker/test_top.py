@@ -234,8 +234,8 @@ def drain(terminal: int) -> int:
     return n
 
 
-def test_what_is_exported_names_files_without_their_folders():
-    worker = LlamaWorker.begin("/home/alice/secret/model.gguf")
+def test_what_is_exported_names_files_without_their_folders(tmp_path: Path):
+    worker = LlamaWorker.begin(str(tmp_path / "alice" / "secret" / "model.gguf"))
     with pytest.raises(ModelNotFoundError):
         assert worker.info
     reason = state_of(worker._service, "model")["health"]["reason"]

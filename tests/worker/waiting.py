@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 import time
@@ -37,3 +38,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it never came to that"
         pause.wait(0.001)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """`wait_until`, which holds up no loop."""
+    await asyncio.to_thread(wait_until, condition)

@@ -102,7 +102,7 @@ def test_the_worker_ends_with_the_last_object_that_names_it(settings: dict[str, 
     assert embeddings._connect()._thread is thread
     del embeddings
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

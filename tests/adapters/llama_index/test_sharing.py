@@ -60,7 +60,7 @@ def test_the_worker_ends_with_the_last_component(settings: dict[str, Any]) -> No
     assert thread.is_alive()  # the tokenizer uses it
     del tokenizer
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -70,7 +70,7 @@ def test_a_component_whose_settings_are_changed_takes_another_worker(settings: d
     llm.n_ctx = 256
     assert llm._connect().config.n_ctx == 256
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()  # nobody else had the former one
 
 
