@@ -153,7 +153,7 @@ class DiskTier:
         """Whether `tokens`, which RAM does not keep, are worth a file and in none yet."""
         n = len(tokens)
         return n >= WORTH_SAVING and not any(
-            len(shelved.tokens) >= n and self._usable(shelved, common_prefix(shelved.tokens, tokens)) == n
+            len(shelved.tokens) >= n and self._leads_to(shelved, tokens, n) == n
             for shelved in self._shelf.index
             if shelved.kv == kv
         )
@@ -177,15 +177,14 @@ class DiskTier:
                 continue
             if shelved.tokens[longest] != prompt[longest]:  # most are told apart by this one token
                 continue
-            length = self._usable(shelved, min(common_prefix(shelved.tokens, prompt), len(prompt) - 1))
+            length = self._leads_to(shelved, prompt, len(prompt) - 1)
             if length > longest and (length - held) * WORTH_A_SHARE >= n:
                 best, longest = shelved, length
         return best
 
-    def _usable(self, shelved: Shelved, length: int) -> int:
-        if length == len(shelved.tokens) or self._can_trim:
-            return length
-        return max((at for at in shelved.checkpoints if at <= length), default=0)
+    def _leads_to(self, shelved: Shelved, tokens: TokenIds, most: int) -> int:
+        """How many of the first `most` of `tokens` can be had from the file."""
+        return shelved.reachable(min(common_prefix(shelved.tokens, tokens), most), can_trim=self._can_trim)
 
     def _refresh(self) -> None:
         now = self._clock()

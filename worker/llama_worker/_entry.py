@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llama_worker._checkpoints import Checkpoint
+from llama_worker._checkpoints import Checkpoint, within
 from llama_worker._engine.base import SavedState
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._saved_prefix import SavedPrefix
-from llama_worker._tokens import TokenIds
+from llama_worker._tokens import TokenIds, common_prefix
 
 WORTH_SAVING = 128
 """Fewer tokens are decoded again as quickly."""
@@ -37,6 +37,18 @@ class Entry:
     @property
     def n(self) -> int:
         return len(self.tokens)
+
+    def reachable(self, length: int, *, can_trim: bool) -> int:
+        """How many of its first `length` tokens can be had: all with `can_trim`, otherwise whole or to a checkpoint."""
+        if length == self.n or can_trim:
+            return length
+        checkpoint = within(self.checkpoints, length)
+        return checkpoint.length if checkpoint is not None else 0
+
+    def leads_to_all(self, tokens: TokenIds, *, can_trim: bool) -> bool:
+        """Whether all of `tokens`, and nothing behind them, can be had from it."""
+        n = len(tokens)
+        return common_prefix(self.tokens, tokens) == n and self.reachable(n, can_trim=can_trim) == n
 
     def __repr__(self) -> str:
         return f"<Entry of {self.n} tokens: {self.n_bytes} bytes>"

@@ -6,7 +6,7 @@ A str is a raw completion; a sequence of messages, or of mappings with role and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from llama_worker._errors import InvalidRequestError
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams, ToolSpec
@@ -14,6 +14,7 @@ from llama_worker._requests import EmbedRequest, GenerationRequest, Message, Sam
 MessageLike: TypeAlias = Message | Mapping[str, Any]
 ToolLike: TypeAlias = ToolSpec | Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[MessageLike] | GenerationRequest
+_Kind = TypeVar("_Kind", Message, ToolSpec)
 
 _ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "params", "timeout", "session", "priority"}
 """Keywords of a call that are the request's and not its sampling."""
@@ -22,34 +23,26 @@ _ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "par
 def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
     if isinstance(prompt, Mapping | Message) or not isinstance(prompt, Sequence):
         raise InvalidRequestError("prompt", type(prompt).__name__, "give a str, or a list of messages")
-    return tuple(_message(item, f"messages.{index}") for index, item in enumerate(prompt))
-
-
-def _message(item: MessageLike, place: str) -> Message:
-    if isinstance(item, Message):
-        return item
-    if not _has_fields(item):
-        reason = "each must be a Message or a mapping with role and content"
-        raise InvalidRequestError("messages", type(item).__name__, reason)
-    try:
-        return Message(**item)
-    except InvalidRequestError as error:
-        raise error.within(place) from None
+    return _each(Message, "messages", prompt, "each must be a Message or a mapping with role and content")
 
 
 def core_tools(tools: Sequence[ToolLike]) -> tuple[ToolSpec, ...]:
     if isinstance(tools, Mapping | ToolSpec) or not isinstance(tools, Sequence):
         raise InvalidRequestError("tools", type(tools).__name__, "give a list of tools")
-    return tuple(_tool(item, f"tools.{index}") for index, item in enumerate(tools))
+    return _each(ToolSpec, "tools", tools, "each must be a ToolSpec or a mapping with a name")
 
 
-def _tool(item: ToolLike, place: str) -> ToolSpec:
-    if isinstance(item, ToolSpec):
+def _each(kind: type[_Kind], field: str, items: Sequence[Any], reason: str) -> tuple[_Kind, ...]:
+    return tuple(_one(kind, field, item, f"{field}.{index}", reason) for index, item in enumerate(items))
+
+
+def _one(kind: type[_Kind], field: str, item: Any, place: str, reason: str) -> _Kind:
+    if isinstance(item, kind):
         return item
     if not _has_fields(item):
-        raise InvalidRequestError("tools", type(item).__name__, "each must be a ToolSpec or a mapping with a name")
+        raise InvalidRequestError(field, type(item).__name__, reason)
     try:
-        return ToolSpec(**item)
+        return kind(**item)
     except InvalidRequestError as error:
         raise error.within(place) from None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from llama_worker._checkpoints import Checkpoints, within
+from llama_worker._checkpoints import Checkpoints
 from llama_worker._entry import WORTH_SAVING, Entry
 from llama_worker._identity import BASE, KVIdentity
 from llama_worker._thrift import Thrift
@@ -66,7 +66,7 @@ class RamTier:
     def wants(self, tokens: TokenIds, kv: KVIdentity = BASE) -> bool:
         """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
         budget, same = self.budget, [entry for entry in self.entries if entry.kv == kv]
-        if len(tokens) < WORTH_SAVING or any(self._replaces(entry, tokens) for entry in same):
+        if len(tokens) < WORTH_SAVING or any(entry.leads_to_all(tokens, can_trim=self._can_trim) for entry in same):
             return False
         if budget and len(tokens) * self._bytes_of_token <= budget:
             return True
@@ -82,8 +82,7 @@ class RamTier:
         if not self.takes(entry):
             self._gone(entry)
             return
-        kept = [old for old in self.entries if old.kv != entry.kv or not self._replaces(entry, old.tokens)]
-        self._keep([*kept, entry])
+        self._keep([*(old for old in self.entries if not self._replaces(entry, old)), entry])
         self.counts = replace(self.counts, saved=self.counts.saved + 1)
         self.fit()
 
@@ -105,7 +104,8 @@ class RamTier:
 
     def leads_to(self, entry: Entry, prompt: TokenIds) -> int:
         """How many of the first tokens of `prompt` can be had from `entry`; at most len(prompt) - 1."""
-        return self._usable(entry, min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
+        common = min(common_prefix(entry.tokens, prompt), len(prompt) - 1)
+        return entry.reachable(common, can_trim=self._can_trim)
 
     def used(self, entry: Entry, n_tokens: int, now: int) -> None:
         entry.last_used = now
@@ -125,16 +125,8 @@ class RamTier:
         assert self.n_bytes == sum(entry.n_bytes for entry in self.entries), "bytes of entries differ"
         assert self.n_bytes <= self.budget, f"{self.n_bytes} bytes of entries"
 
-    def _replaces(self, entry: Entry, tokens: TokenIds) -> bool:
-        """Whether all of `tokens`, and nothing behind them, can be had from `entry` too."""
-        n = len(tokens)
-        return common_prefix(entry.tokens, tokens) == n and self._usable(entry, n) == n
-
-    def _usable(self, entry: Entry, length: int) -> int:
-        if length == entry.n or self._can_trim:
-            return length
-        checkpoint = within(entry.checkpoints, length)
-        return checkpoint.length if checkpoint is not None else 0
+    def _replaces(self, entry: Entry, old: Entry) -> bool:
+        return entry.kv == old.kv and entry.leads_to_all(old.tokens, can_trim=self._can_trim)
 
     def _gone(self, entry: Entry) -> None:
         self.counts = replace(self.counts, dropped=self.counts.dropped + 1)

@@ -18,3 +18,9 @@ class Shelved:
     checkpoints: tuple[int, ...] = ()
     n_bytes: int = 0
     used: int = 0
+
+    def reachable(self, length: int, *, can_trim: bool) -> int:
+        """As `Entry.reachable`, of what the file holds."""
+        if length == len(self.tokens) or can_trim:
+            return length
+        return max((at for at in self.checkpoints if at <= length), default=0)
