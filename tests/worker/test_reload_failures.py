@@ -9,7 +9,15 @@ from pathlib import Path
 import gguf
 import pytest
 
-from llama_worker import Finished, InsufficientMemoryError, LlamaWorker, ModelConfig, ModelLoadError, ModelNotFoundError
+from llama_worker import (
+    ConfigError,
+    Finished,
+    InsufficientMemoryError,
+    LlamaWorker,
+    ModelConfig,
+    ModelLoadError,
+    ModelNotFoundError,
+)
 from llama_worker.testing import assert_well_formed
 from tests.worker.waiting import in_thread, wait_until
 
@@ -112,6 +120,26 @@ def assert_serves(worker: LlamaWorker, text: str) -> None:
     """The model of before, and the configuration that was not changed."""
     assert worker.generate(HELLO, max_tokens=8, temperature=0.0, ignore_eos=True).text == text
     assert (worker.config.model.rpartition("/")[2], worker.status().state) == ("serving.gguf", "ready")
+
+
+SETTINGS = {
+    "a template that does not compile": ({"chat_template": "{% for %}"}, ModelLoadError, "template"),
+    "a template that is not there": ({"chat_template": "missing.jinja"}, ConfigError, "chat_template"),
+    "a quantised V cache without flash attention": ({"type_v": "q8_0", "flash_attn": "off"}, ConfigError, "type_v"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "named"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_that_cannot_work_are_refused_before_the_old_model_is_let_go(
+    chat: LlamaWorker, changes: dict[str, str], kind: type[Exception], named: str
+):
+    """Nothing is drained and nothing that was computed is lost."""
+    before = chat.generate(HELLO, max_tokens=8, temperature=0.0, ignore_eos=True).text
+    with pytest.raises(kind, match=named):
+        chat.reload(**changes)  # type: ignore[arg-type]
+    assert_serves(chat, before)
+    assert (chat.status().epoch, chat.metrics().reloads_failed) == (1, 0)
+    assert chat.metrics().cached_tokens > 0
 
 
 def test_a_model_that_only_embeds_is_refused_by_a_worker_that_chats(chat: LlamaWorker, tiny_bert: Path):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from llama_worker import _exit
+from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
-from llama_worker._errors import ModelLoadError
-from llama_worker._view import ModelView
+from llama_worker._errors import ConfigError, ModelLoadError, TemplateError
+from llama_worker._view import ModelView, template_source
 
 
 def load_llama(config: ModelConfig) -> LoadedModel:
@@ -32,7 +33,7 @@ def check_reload(
     """Everything that can be known to fail before the old model is let go. Returns whether to overlap.
 
     `kept`: bytes of saved states that will be free with the old model; None when that is unloaded already.
-    Reads the header, milliseconds. Raises ModelLoadError, which says that the old model serves on.
+    Reads the header, milliseconds. Raises ConfigError, and ModelLoadError, which says that the old model serves on.
     """
     try:
         return _checked(config, serving, overlap, kept)
@@ -57,6 +58,7 @@ def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Lit
     info = read_info(resolve(config.model))
     if info.is_embedding and serving is not None and not serving.info.is_embedding:
         raise ModelLoadError(f"{info.name} only embeds, and this worker's callers chat; open another worker for it")
+    _check_settings(config, info)
     if config.lora_paths:
         check_loras(config, info)
     if overlap == "auto":
@@ -65,3 +67,14 @@ def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Lit
     former = None if serving is None or stays else plan_of_serving(serving.info, serving.config)
     require_fit(info, config, replacing=former, kept=kept or 0)
     return overlap
+
+
+def _check_settings(config: ModelConfig, info: ModelInfo) -> None:
+    """Raises ConfigError and ModelLoadError for what no model, or not this one, can be served with."""
+    if config.flash_attn == "off" and config.type_v not in ("f32", "f16", "bf16"):
+        raise ConfigError("type_v", config.type_v, "a quantised V cache needs flash attention, which is off")
+    source = template_source(config.chat_template) or info.chat_template
+    try:
+        ChatTemplate(source or CHATML, bos_text="", eos_text="")
+    except TemplateError as refused:
+        raise ModelLoadError(str(refused)) from refused
