@@ -232,6 +232,16 @@ def test_a_small_window_trims_only_what_it_still_holds(tiny_swa: Path):
     engine.close()
 
 
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_a_window_takes_one_micro_batch_a_call(tiny_swa: Path, swa_full: bool):
+    """Of several, llama.cpp may give up cells that the first one's rows still attend to."""
+    engine = loaded(tiny_swa, swa_full=swa_full, n_batch=512, n_ubatch=64).engine
+    assert (engine.limits.n_batch, engine.limits.n_ubatch) == (64, 64)
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        engine.decode([Span(0, 0, numbers(65), True)])
+    engine.close()
+
+
 def test_a_full_window_trims_anywhere(tiny_swa: Path):
     engine = loaded(tiny_swa, swa_full=True).engine
     assert isinstance(engine, LlamaEngine)
