@@ -115,8 +115,7 @@ def storm(request: pytest.FixtureRequest) -> Iterator[object]:
 
 def test_a_session_goes_on_rightly_wherever_it_was_cancelled(kind: str, storm):
     worst = storm(kind, N // len(MODELS))
-    # With seed 300095 hybrid logits differ by 0.089, those emitted by nothing; mostly it is 0.008. Not explained yet.
-    assert worst.difference <= TOLERATED or kind == "hybrid"
+    assert worst.difference <= TOLERATED
     assert worst.regret <= REGRET
 
 

@@ -19,6 +19,7 @@ from llama_worker._prefix_cache import PrefixCache
 from llama_worker._tokens import TokenIds, common_prefix
 from tests.worker.bench import Bench, ListSink
 from tests.worker.probe import Mistake, Probe, probed
+from tests.worker.scoring import Cold, Score
 
 pytestmark = pytest.mark.engine
 
@@ -208,3 +209,38 @@ def test_without_a_budget_nothing_is_saved_and_all_is_right(checkpointed: str, o
     assert usage.cached_tokens == 0
     assert run.cache.checkpoints.counts.taken == 0
     assert np.abs(run.logits() - cold.logits()).max() < ROUNDING
+
+
+def test_who_idles_while_others_are_aborted_goes_on_as_if_nothing_had_been(checkpointed: str, opened, request):
+    """Two requests in one decode are cancelled within it, while a third conversation waits for its next turn."""
+    run = opened(checkpointed, n_parallel=3)
+    first, idling = [user("hello")], [user(HISTORY * 30)]
+    for history in (first, idling):
+        history += [Message(role="assistant", content=run.answer(history).text), user("and now? ")]
+    others = [run.bench.ask(messages, max_tokens=200, ignore_eos=True) for messages in (first, [user(HISTORY * 20)])]
+    abort_together(run)
+    for sink, cancel in others:
+        cancel.cancel()
+        run.bench.settle(sink)
+    command = run.bench.request(idling, max_tokens=4, temperature=0.0, ignore_eos=True)
+    run.bench.put(command)
+    run.bench.settle(command.sink)
+    assert command.sink.terminal.usage.cached_tokens > 100
+    assert scored(request, checkpointed, run, command.job.prompt).difference < ROUNDING
+
+
+def abort_together(run: Run) -> None:
+    """Two in the first decode that they share, which may move the state of whoever stands between them."""
+    run.probes[-1].abort_next = True
+    run.bench.step()
+    assert run.probes[-1].n_aborted == 1
+    assert len(run.bench.scheduler.running) == 2
+
+
+def scored(request: pytest.FixtureRequest, kind: str, run: Run, prompt: TokenIds) -> Score:
+    fixture, settings = MODELS[kind]
+    cold = Cold(request.getfixturevalue(fixture), **settings)
+    try:
+        return cold.score(prompt, *run.probes[-1].answer(prompt))
+    finally:
+        cold.close()

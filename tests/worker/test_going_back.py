@@ -15,6 +15,7 @@ import pytest
 
 from llama_worker import Finished, Message
 from llama_worker._engine.base import DecodeStatus, StateError
+from llama_worker._identity import BASE
 from llama_worker._snapshots import cache_metrics_of
 from llama_worker.testing import FakeEngine, Fault, fake_loader
 from tests.worker.bench import Bench, ListSink
@@ -171,6 +172,64 @@ def test_an_abort_costs_what_was_computed_since_the_last_checkpoint(cancelled: b
     bench.settle(sink)
     assert bench.engine.n_rows - before < 300
     assert sink.text == alone(turn("?"))
+
+
+@pytest.mark.parametrize("status", [DecodeStatus.ABORTED, DecodeStatus.COMPUTE_FAILED])
+def test_who_idles_while_a_decode_of_others_breaks_off_goes_back_to_a_checkpoint(status: DecodeStatus):
+    """The decode of several that breaks off costs every sequence its state."""
+    bench = hybrid()
+    first, _ = bench.ask(turn("?"))
+    bench.settle(first)
+    slot = max(bench.scheduler.cache.slots, key=lambda slot: slot.n)
+    held, checkpoint = slot.n, slot.checkpoints[-1].length
+    break_off(bench, status)
+    sinks = [bench.ask(name * 50)[0] for name in "ab"]
+    bench.step()
+    assert (slot.n, bench.engine.seq_end(slot.seq)) == (checkpoint, checkpoint) != (held, held)
+    bench.settle(*sinks)
+    again, _ = bench.ask(turn("?"))
+    bench.settle(again)
+    assert again.terminal.usage.cached_tokens >= checkpoint
+    assert again.text == alone(turn("?"))
+
+
+def test_who_runs_with_other_adapters_while_a_decode_breaks_off_goes_on_rightly():
+    """It takes turns with those whose decode breaks off, and has no part in it."""
+    alone_with_it, bench = (hybrid(lora_paths={"a": "fake://a"}) for _ in range(2))
+    expected, _ = alone_with_it.ask(turn("?"), loras="a", **LONG)
+    alone_with_it.settle(expected)
+    running, _ = bench.ask(turn("?"), loras="a", **LONG)
+    sinks = [bench.ask(name * 50, **LONG)[0] for name in "ab"]
+    bench.step(20)
+    while bench.engine.kv == BASE:
+        bench.step()
+    while bench.engine.kv != BASE:
+        bench.step()
+    assert all(generation.is_decoding for generation in bench.scheduler.running)
+    break_off(bench, DecodeStatus.ABORTED)
+    slot = bench.scheduler.running[0].slot
+    held = slot.n
+    bench.step()
+    assert bench.engine.kv == BASE, "the decode was of the others"
+    assert 0 < slot.n < held
+    bench.settle(running, *sinks)
+    assert running.text == expected.text
+    assert [sink.text for sink in sinks] == [alone_text(name * 50) for name in "ab"]
+
+
+LONG = {"max_tokens": 120, "ignore_eos": True}
+
+
+def break_off(bench: Bench, status: DecodeStatus) -> None:
+    """The next decode."""
+    bench.engine.faults.append(Fault("decode", status, bench.engine.calls.count("decode") + 1))
+
+
+def alone_text(prompt: str) -> str:
+    bench = Bench(n_ctx=8192, n_parallel=1).load()
+    sink, _ = bench.ask(prompt, **LONG)
+    bench.settle(sink)
+    return sink.text
 
 
 @pytest.mark.parametrize("kind", ["plain", "window", "hybrid"])

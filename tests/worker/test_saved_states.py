@@ -181,10 +181,64 @@ def test_an_aborted_sequence_starts_again_if_nothing_was_saved(checkpointed: Eng
     np.testing.assert_array_equal(continued(checkpointed, 0), expected)
 
 
-def aborted(engine: Engine, seq: int) -> None:
+def aborted(engine: Engine, *seqs: int) -> None:
     engine.abort_flag.raise_()
-    assert engine.decode([Span(seq, engine.seq_end(seq), numbers(40), True)]) is DecodeStatus.ABORTED
+    spans = [Span(seq, engine.seq_end(seq), numbers(20), True) for seq in seqs]
+    assert engine.decode(spans) is DecodeStatus.ABORTED
     engine.abort_flag.clear()
+
+
+def fill_three(engine: Engine) -> None:
+    """The states of 0, 2 and 1 stand in this order: when 0 and 1 are decoded together, llama.cpp moves that of 2."""
+    for seq in range(3):
+        engine.seq_clear(seq)
+    for seq in (0, 2, 1):
+        fill(engine, numbers(N, first=20 + seq), seq)
+
+
+def test_an_abort_of_several_leaves_no_other_with_a_wrong_state(engine: Engine):
+    """llama.cpp notes that a state was moved before it is, and the abort comes between the two."""
+    fill_three(engine)
+    expected = continued(engine, 2)
+    fill_three(engine)
+    state = engine.seq_save(2, partial=engine.limits.needs_checkpoints)
+    aborted(engine, 0, 1)
+    if engine.seq_end(2) == 0:  # what is said to be lost can be gone back to
+        engine.seq_restore(2, state, N)
+    assert engine.seq_end(2) == N
+    np.testing.assert_array_equal(continued(engine, 2), expected)
+
+
+def test_an_abort_of_one_costs_no_other_anything(engine: Engine):
+    fill_three(engine)
+    expected = continued(engine, 2)
+    fill_three(engine)
+    aborted(engine, 1)
+    assert engine.seq_end(2) == N
+    np.testing.assert_array_equal(continued(engine, 2), expected)
+
+
+def test_several_that_are_decoded_together_move_others_rightly(engine: Engine):
+    fill_three(engine)
+    expected = continued(engine, 2)
+    fill_three(engine)
+    spans = [Span(seq, N, numbers(20), True) for seq in (0, 1)]
+    assert engine.decode(spans) is DecodeStatus.OK
+    np.testing.assert_array_equal(continued(engine, 2), expected)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid", "fake hybrid"])
+def test_a_lost_state_is_neither_saved_nor_shared(request: pytest.FixtureRequest, kind: str):
+    engine = opened(request, kind)
+    fill_three(engine)
+    state = engine.seq_save(2, partial=True)
+    aborted(engine, 0, 1)
+    for partial in (False, True):
+        with pytest.raises(ValueError):
+            engine.seq_save(2, partial=partial)
+    with pytest.raises(StateError, match="lacks"):
+        engine.seq_restore(3, state, N, donor=2)
+    engine.close()
 
 
 @pytest.mark.parametrize("kind", ["dropping window", "hybrid", "fake hybrid"])

@@ -18,7 +18,7 @@ from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWor
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
 from llama_worker._guide import Guide
-from llama_worker._kv_ops import apply, rewind, seat, take_checkpoints
+from llama_worker._kv_ops import apply, rewind, rewind_lost, seat, take_checkpoints
 from llama_worker._logprobs import logprob_of
 from llama_worker._loras import names_of
 from llama_worker._scheduler import Batch
@@ -196,6 +196,7 @@ def _resync(loaded: Loaded, batch: Batch) -> None:
         if lost or not loaded.engine.seq_trim(span.seq, keep):
             keep = rewind(loaded, generation)
         loaded.scheduler.resync(generation, span, keep)
+    rewind_lost(loaded)
 
 
 def _fail_overdue(loaded: Loaded, batch: Batch, limit: float) -> None:
@@ -214,6 +215,7 @@ def _fail_batch(loaded: Loaded, batch: Batch, status: DecodeStatus) -> None:
         generation.fail(GenerationError(f"llama_decode returned {int(status)} ({status.name.lower()})"))
         apply(loaded, [loaded.scheduler.cache.forget(generation.slot)])
         loaded.retire(generation)
+    rewind_lost(loaded)
 
 
 def _sample(loaded: Loaded, outputs: Iterable[tuple[int, Generation]]) -> None:

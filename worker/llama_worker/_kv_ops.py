@@ -60,6 +60,14 @@ def rewind(loaded: Loaded, generation: Generation) -> int:
     return slot.n
 
 
+def rewind_lost(loaded: Loaded) -> None:
+    """A decode broke off: go back with those sequences, too, that lost their states and had no part in it."""
+    cache = loaded.scheduler.cache
+    for slot in cache.slots:
+        if loaded.engine.seq_end(slot.seq) < slot.n:
+            apply(loaded, [cache.rewind(slot)])
+
+
 def take_checkpoints(loaded: Loaded, batch: Batch) -> None:
     """Save the sequences of `batch`, just decoded, that have come to a boundary of their prompts."""
     if not loaded.engine.limits.needs_checkpoints:

@@ -184,7 +184,8 @@ class Engine(Protocol):
         Raises ValueError, before anything is touched, for what would abort the process: too many rows
         or outputs, a sequence or token id out of range, positions that do not continue the sequence; and for a
         sequence whose tokens were computed with other adapters than those in use.
-        ABORTED and failures may leave a part of the rows in the KV cache: ask `seq_end`.
+        ABORTED and failures may leave a part of the rows in the KV cache: ask `seq_end`. A recurrent or hybrid model
+        loses the states of these sequences, and if they are several, those of all others too: then it is 0 for each.
         """
         ...
 
@@ -239,8 +240,8 @@ class Engine(Protocol):
         """Let `seq` hold the `length` tokens that `state` was saved of, and nothing else. Blocks (a copy).
 
         A whole state replaces what `seq` holds. A partial state is put over the first `length` tokens that `seq`
-        holds (or held before the last decode, if that was aborted or failed), or, with `donor`, over those of the
-        donor, which the empty `seq` shares with it from now on.
+        holds (or held before its state was lost in a decode that was aborted or failed), or, with `donor`, over those
+        of the donor, which the empty `seq` shares with it from now on.
 
         A state remembers the adapters that it was computed with; those in use do not matter.
 

@@ -7,7 +7,7 @@ checked before C is reached.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llama_worker._engine.base import DecodeStatus, SavedState, Span, StateError
 from llama_worker._engine.library import Library, Pointer
@@ -106,7 +106,8 @@ class Sequences:
         """Learn what a failed decode left. KV_FULL and INVALID leave everything as it was."""
         if code in (DecodeStatus.KV_FULL, DecodeStatus.INVALID):
             return
-        for seq in {span.seq for span in spans}:
+        decoded = {span.seq for span in spans}
+        for seq in decoded:
             before = self.ends[seq]
             self.ends[seq] = self._short.llama_memory_seq_pos_max(self._memory, seq) + 1
             # A state that was half updated, or a window that lost cells, continues nothing. The cells of what
@@ -114,6 +115,8 @@ class Sequences:
             if not self.can_trim or not self._window_holds(seq, self.ends[seq]):
                 self.ends[seq] = 0
                 self._spoiled[seq] = before
+        if len(decoded) > 1 and not self.can_trim:
+            self._spoil_others(decoded)
 
     def check(self, seq: int) -> None:
         """Raises ValueError for an id that llama.cpp would abort for."""
@@ -123,6 +126,17 @@ class Sequences:
     def remove(self, seq: int, start: int) -> bool:
         """Have llama.cpp take away what stands from `start` on. False when it cannot."""
         return bool(self._short.llama_memory_seq_rm(self._memory, seq, start, -1))
+
+    def _spoil_others(self, decoded: Collection[int]) -> None:
+        """States that are decoded together stand side by side: llama.cpp makes others trade places with them.
+
+        It notes the new places first and moves the states in the graph (0.3.36): after a call that broke off, a
+        sequence that had no part in it may find another's state in its place. Nothing says whether it was moved.
+        """
+        for seq, end in enumerate(self.ends):
+            if end and seq not in decoded:
+                self.ends[seq] = 0
+                self._spoiled[seq] = end
 
     def _window_holds(self, seq: int, length: int) -> bool:
         """Whether the cells that a token at `length` attends to are all there (sliding windows drop them)."""

@@ -70,6 +70,7 @@ class FakeEngine:
         self._seqs: list[list[_Row]] = [[] for _ in range(self.limits.n_seq)]
         self._states: list[list[int]] = [[] for _ in range(self.limits.n_seq)]
         self._firm = [0] * self.limits.n_seq
+        self._spoiled: set[int] = set()  # their states are lost; the cells are there
         self.loras: dict[str, LoraInfo] = {}
         self.kv = BASE
         self._marks = [BASE.mark] * self.limits.n_seq
@@ -143,7 +144,7 @@ class FakeEngine:
     def seq_end(self, seq: int) -> int:
         """See Engine.seq_end."""
         self._called("seq_end")
-        return len(self._seqs[seq])
+        return self._end(seq)
 
     def seq_trim(self, seq: int, length: int) -> bool:
         """See Engine.seq_trim."""
@@ -178,7 +179,7 @@ class FakeEngine:
     def seq_save(self, seq: int, *, partial: bool = False) -> SavedState:
         """See Engine.seq_save."""
         self._called("seq_save")
-        if not self.limits.can_save or (partial and not self.limits.needs_checkpoints) or not self._seqs[seq]:
+        if not self.limits.can_save or (partial and not self.limits.needs_checkpoints) or not self._end(seq):
             raise ValueError(f"sequence {seq} cannot be saved (partial={partial})")
         cells = [] if partial else self.held(seq)
         data = np.array([*cells, *self._states[seq]], np.int32).view(np.uint8)
@@ -282,8 +283,12 @@ class FakeEngine:
             return DecodeStatus.ABORTED
         return fault.how
 
+    def _end(self, seq: int) -> int:
+        return 0 if seq in self._spoiled else len(self._seqs[seq])
+
     def _forget(self, seq: int) -> None:
         self._seqs[seq], self._states[seq], self._firm[seq] = [], [], 0
+        self._spoiled.discard(seq)
 
     def _restore(self, seq: int, state: SavedState | bytes, length: int, holder: int) -> None:
         saved = opened(state, self._mark)
@@ -291,12 +296,13 @@ class FakeEngine:
             raise StateError(f"the state is of {saved.length} tokens, not of {length}")
         tokens = saved.payload.view(np.int32).tolist()
         if saved.partial:
-            if len(self._seqs[holder]) < length:
+            if (len(self._seqs[seq]) if holder == seq else self._end(holder)) < length:
                 raise StateError(f"a state of {length} tokens lacks their other cells")
             if saved.kv != self._marks[holder]:
                 raise StateError(f"a state of {length} tokens belongs to cells of other adapters")
             self._marks[seq] = saved.kv
             self._seqs[seq], self._states[seq] = self._seqs[holder][:length], tokens
+            self._spoiled.discard(seq)
             return
         self._forget(seq)
         if self.cells_used + length > self.limits.n_ctx - self.hidden_cells:
@@ -316,7 +322,7 @@ class FakeEngine:
                 raise ValueError(f"sequence {span.seq} is out of range")
             if not 0 <= span.output <= len(span.tokens):
                 raise ValueError(f"{span.output} outputs of {len(span.tokens)} rows")
-            if not len(span.tokens) or span.start != len(self._seqs[span.seq]):
+            if not len(span.tokens) or span.start != self._end(span.seq):
                 raise ValueError(f"position {span.start} does not continue sequence {span.seq}")
             if span.tokens.min() < 0 or span.tokens.max() >= self.limits.n_vocab:
                 raise ValueError("a token id is out of range")
@@ -326,6 +332,8 @@ class FakeEngine:
     def _compute(self, spans: Iterable[Span]) -> None:
         row = 0
         for span in spans:
+            if span.seq in self._spoiled:
+                self._forget(span.seq)
             held = self._seqs[span.seq]
             self._marks[span.seq] = self.kv.mark
             held.extend(_Row(int(token), next(self._new_cell)) for token in span.tokens)
@@ -339,10 +347,13 @@ class FakeEngine:
                 self._outputs[row - 1 - back] = seen + self.kv.mark if self.kv.loras else seen
 
     def _broken(self, spans: Sequence[Span], status: DecodeStatus) -> DecodeStatus:
-        """Like llama.cpp: an aborted or failed call may leave a part of its rows behind."""
+        """Like llama.cpp: an aborted or failed call may leave a part of its rows behind, and spoil states."""
         if status in (DecodeStatus.ABORTED, DecodeStatus.ALLOC_FAILED, DecodeStatus.COMPUTE_FAILED):
             self._compute(_first_half(spans))
             self._outputs = {}
+            if not self.limits.can_trim:
+                several = len({span.seq for span in spans}) > 1
+                self._spoiled.update(range(self.limits.n_seq) if several else [spans[0].seq])
         return status
 
     def _logits(self, row: int) -> Floats:
