@@ -42,8 +42,8 @@ def test_each_turn_of_a_chat_is_prefilled_only_where_it_is_new() -> None:
 
 
 def test_the_three_classes_share_one_model() -> None:
-    chat = ChatLlamaWorker(**MODEL, max_tokens=4)
-    llm = LlamaWorkerLLM(**MODEL, max_tokens=4)
+    chat = ChatLlamaWorker(**MODEL, max_tokens=4, temperature=0)
+    llm = LlamaWorkerLLM(**MODEL, max_tokens=4, temperature=0)
     assert chat._connect() is llm._connect()
     assert chat.invoke("Hello").text
     assert llm.invoke("Hello")

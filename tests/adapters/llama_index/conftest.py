@@ -1,7 +1,6 @@
 """Workers without a model, and what the callback decorators of LlamaIndex report."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,8 +9,9 @@ from llama_index.core.callbacks import CBEventType
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.llms.llama_worker import LlamaWorkerLLM
 
-from llama_worker import LlamaWorker, WorkerConfig
-from llama_worker.testing import FakeEngine, Gate, fake_loader, fake_worker
+from llama_worker import LlamaWorker
+from llama_worker.testing import fake_worker
+from tests.adapters import stage
 
 HELLO = [ChatMessage("Hello", role="user")]
 
@@ -36,23 +36,12 @@ class Recorder(BaseCallbackHandler):
     def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None: ...
 
 
-@dataclass
-class Stage:
-    """A worker that serves one request at a time, its engine, and the gate in front of each decode."""
-
-    worker: LlamaWorker
-    engine: FakeEngine
-    gate: Gate
+class Stage(stage.Stage):
+    """As for LangChain, and with an LLM."""
 
     def endless(self, **fields: Any) -> LlamaWorkerLLM:
         """An LLM whose every reply only a cancel can end in a test's lifetime."""
         return LlamaWorkerLLM(worker=self.worker, ignore_eos=True, max_tokens=100_000, **fields)
-
-    def is_free(self) -> bool:
-        """Whether the worker can serve somebody. It could not, had an endless request not been cancelled."""
-        self.gate.open()
-        self.worker.generate("x", max_tokens=1, timeout=30)
-        return self.engine.n_rows < 10_000
 
     async def becomes_free(self) -> bool:
         """The same for async tests, whose loop has to turn."""
@@ -61,13 +50,10 @@ class Stage:
         return self.engine.n_rows < 10_000
 
 
-@pytest.fixture
-def stage() -> Iterator[Stage]:
-    gate, engines = Gate(), list[FakeEngine]()
-    loader = fake_loader(gate=gate, seen=engines.append)
-    with fake_worker(loader=loader, n_ctx=200_000, n_parallel=1, worker_config=WorkerConfig(queue_size=64)) as worker:
-        yield Stage(worker, engines[0], gate)
-        gate.open()
+@pytest.fixture(name="stage")
+def _stage() -> Iterator[Stage]:
+    with Stage.opened() as opened:
+        yield opened
 
 
 @pytest.fixture
