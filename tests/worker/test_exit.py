@@ -46,6 +46,26 @@ STATES = {
         threading.Thread(target=reload, daemon=True).start()
         wait_until(lambda: worker.status().state == "draining")
     """,
+    **{
+        f"a reload that reads weights, {how}": f"""
+        def reload():
+            try:
+                worker.reload(n_ctx=4096, overlap={overlap}, progress=slowly)
+            except WorkerClosed:
+                pass
+
+        def slowly(fraction):
+            reading.set()
+            time.sleep(0.3)
+
+        worker, reading = get_worker(config), threading.Event()
+        worker.generate("hello", max_tokens=1)
+        threading.Thread(target=reload, daemon=True).start()
+        assert reading.wait(30)
+        wait_until(lambda: worker.status().state == {state!r})
+        """
+        for how, overlap, state in (("alone", False, "loading"), ("beside the old model", True, "ready"))
+    },
     "streams half read, of adapters and of workers that nobody closed": """
         from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings
         from llama_index.llms.llama_worker import LlamaWorkerLLM
