@@ -11,7 +11,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
 from langchain_core.exceptions import LangChainException
 from langchain_core.load import dumpd, load
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -19,6 +19,7 @@ from langchain_core.runnables import ConfigurableField
 from langchain_llama_worker import ChatLlamaWorker, LlamaWorkerEmbeddings, LlamaWorkerLLM
 from llama_worker import ConfigError, InvalidRequestError, LlamaWorker, WorkerConfig
 from llama_worker.testing import fake_worker
+from tests.adapters.langchain.test_calls import merged
 from tests.worker.tools import QWEN, THINKER
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Tell me of the sea.")]
@@ -28,13 +29,6 @@ PARAMS: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
 
 def chat(worker: LlamaWorker, **fields: Any) -> ChatLlamaWorker:
     return ChatLlamaWorker(worker=worker, **{**PARAMS, **fields})
-
-
-def merged(chunks: list[AIMessageChunk]) -> AIMessageChunk:
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
-    return whole
 
 
 def facts(message: AIMessage) -> dict[str, Any]:
