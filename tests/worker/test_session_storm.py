@@ -131,3 +131,14 @@ def test_a_decode_that_does_not_succeed_at_once_is_done_again(status: DecodeStat
     with fake_worker(loader=loader, n_ctx=2048, n_parallel=2) as worker:
         assert ask(worker) == unhurt()
         assert worker.metrics().decode_errors[status.name.lower()] == 1
+
+
+def test_what_an_aborted_decode_computed_is_not_computed_again():
+    rows = []
+    for faults in ([], [Fault("decode", DecodeStatus.ABORTED, 2)]):
+        engines: list[FakeEngine] = []
+        loader = fake_loader(faults=faults, seen=engines.append)
+        with fake_worker(loader=loader, n_ctx=2048, n_parallel=1, n_ubatch=64, n_batch=64) as worker:
+            worker.generate(TEXTS[0], max_tokens=4, ignore_eos=True)
+        rows.append(engines[0].n_rows)
+    assert rows[1] == rows[0]
