@@ -22,7 +22,8 @@ from tests.worker.test_checkpoints import MODELS, Run
 
 pytestmark = pytest.mark.engine
 
-N = 1000 if os.environ.get("LLAMA_WORKER_PROOF") else 100
+PROOF = bool(os.environ.get("LLAMA_WORKER_PROOF"))
+N = 1000 if PROOF else 100
 WORDS = ["river", "stone", "lamp", "count", "garden", "water", "light", "night", "hello", "world"]
 TOLERATED, REGRET = 0.05, 0.05
 """Of any logit, and of those of the emitted tokens."""
@@ -95,7 +96,8 @@ def storm(request: pytest.FixtureRequest) -> Iterator[object]:
     def of(kind: str, n: int, mistake: Mistake | None = None, path: Path | None = None, size: float = 1.0) -> Score:
         fixture, settings = MODELS.get(kind, ("", {}))
         path = path or request.getfixturevalue(fixture)
-        seed = random.randrange(10**6)
+        # Elsewhere each time in proof. Some places hide a mistake, so those for one are always the same.
+        seed = random.randrange(10**6) if PROOF and mistake is None else 1
         print(f"seed {seed}")
         rng = random.Random(seed)
         cells = {"n_ctx": 1024, "n_kv_cells": 1280, "n_parallel": 3, "n_ubatch": rng.choice([32, 64])}
