@@ -21,15 +21,18 @@ from llama_worker._engine.base import (
     Span,
     TokenIds,
 )
+from llama_worker._identity import KVIdentity
 
-Mistake: TypeAlias = Literal["other row", "shifted span", "shifted after abort", "shifted after restore"]
+Mistake: TypeAlias = Literal[
+    "other row", "shifted span", "shifted after abort", "shifted after restore", "late adapters"
+]
 
 
 class Probe:
     """Wraps an Engine; `logits_of` keeps, for each sampler, the logits that each token was sampled from.
 
-    `mistake` makes it err by one: it samples from a neighbour's row, or decodes the second span of a
-    prompt (or the first after an abort, or a restored state) one token late.
+    `mistake` makes it err by one: it samples from a neighbour's row, decodes the second span of a
+    prompt (or the first after an abort, or a restored state) one token late, or changes adapters one decode late.
     """
 
     def __init__(self, inner: Engine, mistake: Mistake | None = None) -> None:
@@ -45,6 +48,7 @@ class Probe:
         self.most_outputs = 0
         self._outputs: list[int] = []
         self._erred = False
+        self._due: KVIdentity | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -58,7 +62,24 @@ class Probe:
             return self.inner.decode(spans)
         ends = np.cumsum([len(span.tokens) for span in spans])
         self._outputs = [row for end, span in zip(ends, spans, strict=True) for row in range(end - span.output, end)]
-        return self.inner.decode([self._shifted(span) for span in spans])
+        status = self.inner.decode([self._shifted(span) for span in spans])
+        if self._due is not None:
+            self._adapters.use(self._due)
+            self._due = None
+        return status
+
+    def use_loras(self, kv: KVIdentity) -> bool:
+        former: KVIdentity = self.inner._generator.kv if self.mistake == "late adapters" else kv  # type: ignore[attr-defined]
+        switched = self.inner.use_loras(kv)
+        if switched and former != kv:
+            self._due = kv
+            self._adapters.use(former)
+        return switched
+
+    @property
+    def _adapters(self) -> Any:
+        """Below the engine's own books, which would notice."""
+        return self.inner._loras  # type: ignore[attr-defined]
 
     def sample(self, row: int, sampler: Sampler, mask: Mask | None = None) -> int:
         if self.mistake == "other row":

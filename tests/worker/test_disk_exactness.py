@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ OTHER = "garden water " * 100
 
 
 def given(request: pytest.FixtureRequest, kind: str) -> tuple[Path, dict[str, Any]]:
-    fixture, config = {**MODELS, "llama q8": FORMS["llama q8"]}[kind]
+    fixture, config = {**MODELS, "llama q8": FORMS["llama q8"], "smollm2": ("smollm2_path", {})}[kind]
     return request.getfixturevalue(fixture), dict(config)
 
 
@@ -45,33 +46,60 @@ def elsewhere(tmp_path: Path, model: Path, prompts: list[str], config: dict[str,
         return {name: found[name] for name in found.files}
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "llama q8"])
+KINDS = [*MODELS, "llama q8", pytest.param("smollm2", marks=pytest.mark.proof)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_process_goes_on_where_another_ended(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
-    """One process answers and ends; another, on the same folder, answers the next turn as the first would have."""
+    """One process answers and ends; another, on the same folder, answers the next turn as the first would have.
+
+    So does a third, with an error of one token, which is noticed.
+    """
     model, config = given(request, kind)
     expected, spared, _ = speak(model, [HISTORY, TURN], **config)
-    kept = {**config, "cache_dir": str(tmp_path / "kept")}
-    elsewhere(tmp_path, model, [HISTORY], kept)
-    found = elsewhere(tmp_path, model, [TURN], kept)
+    kept, copied = tmp_path / "kept", tmp_path / "copied"
+    elsewhere(tmp_path, model, [HISTORY], {**config, "cache_dir": str(kept)})
+    shutil.copytree(kept, copied)
+    found = elsewhere(tmp_path, model, [TURN], {**config, "cache_dir": str(kept)})
     assert (found["hits"], found["failures"]) == (1, 0)
     assert found["cached"][0] == spared[1] >= 300
     assert np.array_equal(found["rows"][0], expected[1])
+    wrong, _, _ = speak(model, [TURN], **config, cache_dir=str(copied), mistake="shifted after restore")
+    assert not np.array_equal(wrong[0], expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_process_goes_on_with_an_export(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+    """What one process exported another imports; and an error of one token would be seen."""
+    model, config = given(request, kind)
+    expected, spared, _ = speak(model, [HISTORY, TURN], **config)
+    folder = str(tmp_path / "export")
+    speak(model, [HISTORY], **config, exported=folder)
+    taken = {**config, "cache_ram": 64, "imported": folder}
+    found = elsewhere(tmp_path, model, [TURN], taken)
+    assert found["cached"][0] == spared[1] >= 300
+    assert np.array_equal(found["rows"][0], expected[1])
+    wrong, _, _ = speak(model, [TURN], **taken, mistake="shifted after restore")
+    assert not np.array_equal(wrong[0], expected[1])
 
 
 @pytest.mark.parametrize("mistake", [None, "shifted after restore"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_what_was_evicted_to_the_disk_goes_on_bit_equal(
-    kind: str, mistake: Any, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_what_was_evicted_goes_on_bit_equal(
+    tier: str, kind: str, mistake: Any, request: pytest.FixtureRequest, tmp_path: Path
 ):
     """In one process, through the eviction of a session by another; and an error of one token would be seen."""
     model, config = given(request, kind)
     expected, _, _ = speak(model, [HISTORY, TURN], **config)
-    run = Run(model, mistake, n_parallel=1, cache_ram=0, cache_dir=str(tmp_path), **config)
+    kept = {"cache_ram": 0, "cache_dir": str(tmp_path)} if tier == "disk" else {"cache_ram": 64}
+    run = Run(model, mistake, n_parallel=1, **kept, **config)
     for prompt in (HISTORY, OTHER, TURN):
         begin(lambda: None).result(60)  # what is under way is written, so it is read from the file
         run.answer(prompt, n=1)
     assert np.array_equal(run.logits(), expected[1]) is (mistake is None)
-    assert cache_metrics_of(run.bench.service).disk_hits == 1
+    metrics = cache_metrics_of(run.bench.service)
+    assert (metrics.saved_hits, metrics.disk_hits) == ((0, 1) if tier == "disk" else (1, 0))
     run.bench.shut_down()
 
 

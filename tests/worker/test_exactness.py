@@ -36,12 +36,12 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 
 def on_both(name: str, right: object, other: object) -> pytest.MarkDecorator:
-    """`right` on both models, `other`, which is a mistake in most tests, on the synthesised one.
+    """`right` and `other`, which is a mistake in most tests, on both models.
 
     With q8_0 K and V a prefill of SmolLM2 takes 15 seconds of a core: there only the full count runs it.
     """
-    smollm2 = pytest.param("smollm2", right, marks=pytest.mark.proof)
-    cases = [("synthesised", right), ("synthesised", other), smollm2]
+    smollm2 = [pytest.param("smollm2", value, marks=pytest.mark.proof) for value in (right, other)]
+    cases = [("synthesised", right), ("synthesised", other), *smollm2]
     return pytest.mark.parametrize(("model", name), cases, indirect=["model"])
 
 

@@ -137,6 +137,9 @@ def one_too_many(a: TokenIds, b: TokenIds) -> int:
     return min(common_prefix(a, b) + 1, len(a), len(b))
 
 
+@pytest.mark.parametrize(
+    "model", ["tiny_llama_q8", pytest.param("smollm2_path", marks=pytest.mark.proof)], indirect=True
+)
 def test_one_draft_too_many_is_found(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,), _ = answers(model, [text])
     monkeypatch.setattr("llama_worker._decoding.common_prefix", one_too_many)
