@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests import synth
 def pytest_sessionstart() -> None:
     """Sync methods of LlamaIndex open an event loop in the main thread, and leave it open, unless told of none."""
     asyncio.set_event_loop(None)
+    # A shell's background jobs ignore Ctrl-C, and whoever they start does too: some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish() -> None:
