@@ -90,4 +90,5 @@ def test_the_source_distribution_can_be_built_and_tested(tmp_path: Path) -> None
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "requirements-demo.txt"} <= names
     assert {"worker/llama_worker/__init__.py", "tests/test_packaging.py", "examples/data/skarrow.md"} <= names
+    assert {"benchmarks/__main__.py", "benchmarks/README.md"} <= names
     assert not [name for name in names if ".venv" in name or name.startswith(("benchmarks/.work", "dist/"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def test_the_migration_tables_name_our_parameters() -> None:
     named = {name for cell in rows for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", cell)}
     assert len(named) >= 15
     assert named <= ours
+
+
+def test_the_benchmarks_page_is_what_its_figures_render_to() -> None:
+    from benchmarks import report
+
+    lines = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))["lines"]
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == report.markdown(list(lines.values()))
 
 
 def test_the_licence_is_whole() -> None:

@@ -265,12 +265,19 @@ Written by `python -m tests.chat.template_table`: the {n} templates that llama.c
 
 """
 
+_TAIL = """
+What is not so, and what it means: gpt-oss writes the recipient of a call behind the channel, its template before it, so
+past calls as rendered are not read back; its own are read and held as the model writes them. Command-R+ renders
+indented JSON, and Reka-Edge `\\u` escapes: models are held to JSON without extra blanks and with characters as they
+are, and both forms are read.
+"""
+
 
 def page(found: Sequence[Row]) -> str:
     lines = ["| template | format | tools | calls | thoughts | renders | one | two | nested | accepts | rejects | ms |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     lines += [_line(row) for row in found]
-    return _HEAD.format(n=len(found)) + "\n".join([*_summary(found), "", *lines, ""])
+    return _HEAD.format(n=len(found)) + "\n".join([*_summary(found), "", *lines, ""]) + _TAIL
 
 
 def _summary(found: Sequence[Row]) -> list[str]:

@@ -92,6 +92,8 @@ def _settings_in(annotation: Any) -> type[Settings] | None:
 class ModelConfig(Settings):
     """Which model, and with what context.
 
+    docs/options.md has every field, and why one would change it. In short:
+
     `model`: a path to a GGUF file (text or a path object; kept as text), or `demo://smollm2-135m-instruct` /
     `demo://all-minilm-l6-v2`.
     `n_ctx`: tokens that one request may use, prompt and completion; 0 means the trained context.

@@ -140,7 +140,8 @@ class ContextOverflowError(RequestError):
     """The request needs more tokens than the context offers.
 
     `stage` is "prompt" (the prompt alone does not fit), "max_tokens" (prompt and the requested
-    completion together do not), "embed" (one text is longer than an embedding batch) or "import" (a session's state).
+    completion together do not), "decode" (the cells of all slots are full although one reply alone runs), "embed" (one
+    text is longer than the model reads) or "import" (a session's state).
     `resident` tokens are there already, `additional` were asked for, `n_ctx` is the limit.
     """
 

@@ -188,7 +188,7 @@ def _json(text: str) -> Any:
 
 
 class SamplingParams(Settings):
-    """How tokens are chosen and when to stop. Names and defaults are llama.cpp's.
+    """How tokens are chosen and when to stop. Names and defaults are llama.cpp's; docs/options.md has every field.
 
     `max_tokens`: None means as many as fit into n_ctx. `temperature` 0 is greedy. `seed` None draws one.
     `stop`: strings that end the generation and are not part of the text. `logprobs`: None for none,
