@@ -19,6 +19,7 @@ from llama_worker._chat.format import CallSyntax, ChatFormat, ReasoningSyntax, S
 from llama_worker._chat.parser import OutputParser
 from llama_worker._constraint.compiler import ConstraintCompiler
 from llama_worker._constraint.grammar import grammar_of
+from llama_worker._constraint.kept import weight_of
 from llama_worker._constraint.matcher import Constraint
 from llama_worker._events import InvalidToolCall, ReasoningDelta, ReplyEvent, TextDelta, ToolCallEnded
 from llama_worker._requests import ToolCall
@@ -195,6 +196,18 @@ FORMATS: dict[str, ChatFormat] = {
             behind_text=">>>",
         ),
         text=TextSyntax(open="all\n"),
+    ),
+    "control tokens around the name of a call behind a text": ChatFormat(
+        digest="behind a control token",
+        origin="derived",
+        calls=CallSyntax(
+            call=(Slot.NAME, "<|args|>", Slot.ARGUMENTS),
+            separator="<|sep|>",
+            trigger="",
+            only_at_start=True,
+            behind_text="<|sep|>",
+        ),
+        text=TextSyntax(open="all<|args|>"),
     ),
 }
 EVERY = pytest.mark.parametrize("name", FORMATS)
@@ -461,6 +474,35 @@ def test_behind_a_text_a_call_is_held_to_its_tool() -> None:
     assert taken(two, parallel_tool_calls=True)
     assert not taken(two)
     assert not taken('all\nHello\n>>>get\n{"x": true}', tool_choice="required")
+
+
+def test_text_before_a_call_does_not_spell_the_control_tokens_around_its_name() -> None:
+    format = FORMATS["control tokens around the name of a call behind a text"]
+    grammar = grammar_of(request(tools=TOOLS), format, in_reasoning=False)
+    assert grammar is not None
+    vocabulary = vocabulary_of(format)
+    compiler = ConstraintCompiler(vocabulary)
+    assert fits(compiler.constraint(grammar), 'all<|args|>Hello<|sep|>get<|args|>{"x": true}', vocabulary)
+    assert not fits(compiler.constraint(grammar), 'all<|args|>Hello<|sep|>get<|args|>{"x": 3}', vocabulary)
+    for mark in ("<|sep|>", "<|args|>"):
+        made = compiler.constraint(grammar)
+        assert fits(made, "all<|args|>Hello ", vocabulary)
+        assert spells(made, mark[:-1])
+        assert not spells(made, ">")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing marks a call, but behind a text", "control tokens around the name of a call behind a text", "xml"],
+)
+def test_a_grammar_grows_with_its_tools_and_no_faster(name: str) -> None:
+    def weight(n: int) -> int:
+        tools = [WEATHER.model_copy(update={"name": f"tool_{index:03}"}) for index in range(n)]
+        grammar = grammar_of(request(tools=tools, parallel_tool_calls=True), FORMATS[name], in_reasoning=False)
+        assert grammar is not None
+        return weight_of(grammar)
+
+    assert weight(128) < 4.1 * weight(32)
 
 
 @EVERY

@@ -52,10 +52,16 @@ def beginning_of(syntax: CallSyntax, name: str) -> tuple[str, tuple[Part, ...]]:
     For syntaxes whose calls may stand behind a text: there only texts stand before the name.
     """
     at = syntax.call.index(Slot.NAME)
+    before, behind = around_name(syntax)
+    return before + name_in(syntax, name) + behind, syntax.call[at + 1 + bool(behind) :]
+
+
+def around_name(syntax: CallSyntax) -> tuple[str, str]:
+    """What stands before the name of the first call, and behind it; for the syntaxes of `beginning_of`."""
+    at = syntax.call.index(Slot.NAME)
     before = "".join(part for part in syntax.call[:at] if isinstance(part, str))
     after = syntax.call[at + 1 : at + 2]
-    behind = after[0] if after and isinstance(after[0], str) else ""
-    return syntax.section_open + before + name_in(syntax, name) + behind, syntax.call[at + 1 + bool(behind) :]
+    return syntax.section_open + before, after[0] if after and isinstance(after[0], str) else ""
 
 
 def string_is_open(syntax: CallSyntax) -> bool:

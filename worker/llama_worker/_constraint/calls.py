@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from llama_worker._chat.calls import beginning_of, name_in, string_is_open
+from llama_worker._chat.calls import around_name, beginning_of, name_in, string_is_open
 from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
 from llama_worker._constraint.escaped import EscapedJson
 from llama_worker._constraint.plain_json import json_text
 from llama_worker._constraint.references import Document
-from llama_worker._constraint.rules import Check, Json, Many, Node, Pattern, Plain, Row, Schema, Text, either, row
+from llama_worker._constraint.rules import Check, Json, Many, Node, Pattern, Plain, Ref, Row, Schema, Text, either, row
 from llama_worker._constraint.schema import arguments_schema, read_schema
 from llama_worker._constraint.tagged import TaggedArguments
 from llama_worker._errors import InvalidRequestError, UnsupportedFeatureError
 from llama_worker._requests import ToolSpec
 
 _MOST_TOOLS: Final = 128  # a second or two to compile, once
+_MORE: Final = "more_calls"
 
 
 @dataclass(slots=True)
@@ -60,17 +61,26 @@ class Calls:
         begun = [(tool, *beginning_of(self.syntax, tool.name)) for tool in self.tools if self.syntax.behind_text]
         return [(self.syntax.behind_text + text, self._turn(self._call(tool, rest))) for tool, text, rest in begun]
 
+    def marks_behind_text(self) -> tuple[str, ...]:
+        """What is the same in all beginnings that `behind_text` tells."""
+        before, behind = around_name(self.syntax)
+        return (self.syntax.behind_text + before, *filter(None, [behind]))
+
     def _any(self, said: str) -> Node:
         """One call of any tool, without `said` at its beginning."""
         parts = _cut((self.syntax.section_open, *self.syntax.call), said)
         return either(*(self._call(tool, parts) for tool in self.tools))
 
     def _turn(self, first: Node) -> Node:
-        syntax = self.syntax
-        more: Node | None = None
-        if self.parallel and syntax.separator is not None:
-            more = Many(either(*(self._call(tool, (syntax.separator or "", *syntax.call)) for tool in self.tools)))
-        return row(first, more, Text(syntax.section_close))
+        more = self._more(self.syntax.separator) if self.parallel and self.syntax.separator is not None else None
+        return row(first, more, Text(self.syntax.section_close))
+
+    def _more(self, separator: str) -> Node:
+        """All calls after the first: one rule, for behind a text each tool's first call has them behind it."""
+        if _MORE not in dict(self.rules):
+            parts = (separator, *self.syntax.call)
+            self.rules.append((_MORE, Many(either(*(self._call(tool, parts) for tool in self.tools)))))
+        return Ref(_MORE)
 
     def _call(self, tool: ToolSpec, parts: Sequence[Part]) -> Node:
         nodes: list[Node] = []

@@ -172,7 +172,8 @@ class _Reply:
     def _spoken_before(self, calls: Calls) -> Node:
         """As `_spoken`; behind any text calls may come."""
         behind = calls.behind_text() if self._answer is None else []
-        unless, marks = self._beginnings(), tuple(text for text, _ in behind)
+        # What stands around all names, not each call's beginning: as many marks as tools would stand in as many spans.
+        unless, marks = self._beginnings(), calls.marks_behind_text()
         called = (row(Span(close=text, unless=unless, marks=marks), rest) for text, rest in behind)
         return either(*called, Span(unless=unless, marks=marks)) if behind else self._spoken()
 

@@ -163,7 +163,7 @@ class _Writer:
     def _body(self, span: Span) -> str:
         wanted = [self._terminal(f"/{self.regex(pattern)}/") for pattern in span.patterns] or [_ANY]
         spelled = filter(self._has_control, (span.close, *span.marks))
-        refused = [f"{_ANY} {quoted(text)} {_ANY}" for text in dict.fromkeys((*span.without, *spelled))]
+        refused = [f"{_ANY} {quoted(text)} {_ANY}" for text in _shortest((*span.without, *spelled))]
         # No text begins with a control token, but it may spell one.
         refused += [f"{_BLANKS} {quoted(text)} {_ANY}" for text in span.unless]
         if refused and not span.patterns:
@@ -187,6 +187,11 @@ class _Writer:
         name = f"given{len(self.sources)}"
         self.sources[name] = self.given(given)
         return f"@{name}"
+
+
+def _shortest(texts: tuple[str, ...]) -> list[str]:
+    """Those with none of the others in them: what has not these has not the rest either."""
+    return [text for text in dict.fromkeys(texts) if not any(other in text for other in texts if other != text)]
 
 
 def quoted(text: str) -> str:
