@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from langchain_core.language_models.base import LangSmithParams
@@ -30,14 +30,15 @@ _FORBIDDEN = {
     "functions": "give tools",
     "function_call": "give tool_choice",
 }
-_OPTIONS = frozenset({"model", "session_id", "timeout", "stream", "stream_usage"})
+_CALL_TAKES = "a call takes the fields of SamplingParams and what the docstring of this class names"
+_OPTIONS = frozenset({"model", "session_id", "timeout", "priority", "stream", "stream_usage"})
 
 
 class GenerationFields(SamplingFields, ModelFields):
     """The fields and the inner workings of a generating model.
 
-    Every keyword of SamplingFields, `response_format`, `timeout`, `stop`, `stream_usage`, `session_id` and `model` may
-    be given to each call. A call's `model` is another model, opened with the other settings of this object.
+    Every keyword of SamplingFields, `response_format`, `timeout`, `priority`, `stop`, `stream_usage`, `session_id` and
+    `model` may be given to each call. A call's `model` is another model, opened with the other settings of this object.
 
     `session_id` names the conversation that calls belong to: sessions take turns, and each finds its own KV cache
     first. Without one it is the `thread_id` of the config, if there is one.
@@ -130,6 +131,7 @@ class GenerationFields(SamplingFields, ModelFields):
         options = {
             "timeout": self.timeout if timeout is None else timeout,
             "session": session_of(run) if session is None else session,
+            "priority": self._said(kwargs, "priority"),
         }
         return Call(
             connect=lambda: self._connect(model),
@@ -157,7 +159,9 @@ class GenerationFields(SamplingFields, ModelFields):
             if name in known:
                 continue
             if name not in _INERT and name not in _FORBIDDEN:
-                raise InvalidRequestError(name, value, _unknown(name, self._asked_names))
+                raise InvalidRequestError.unknown(
+                    name, value, sorted(known), described=_CALL_TAKES, of_model=ModelConfig.model_fields
+                )
             if name in _FORBIDDEN and value:
                 raise UnsupportedFeatureError(name, _FORBIDDEN[name])
             if value is not None:
@@ -170,13 +174,6 @@ class GenerationFields(SamplingFields, ModelFields):
     def _count(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> int:
         with mapped_errors():
             return self._connect().count_tokens(messages, tools=tools)
-
-
-def _unknown(name: str, asked: Iterable[str]) -> str:
-    if name in ModelConfig.model_fields:
-        return "belongs to the model, not to a call; give it to the constructor"
-    more = ", ".join(["model", "session_id", "stop", "stream_usage", "timeout", *sorted(asked)])
-    return f"unknown; a call takes the fields of SamplingParams, {more}"
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ means "the default of llama_worker". What a value may be is decided there too: h
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -55,7 +54,8 @@ class ModelFields(BaseModel):
     opened at the first use and ends when the last of them is gone. Or give `worker`, which is then used
     as it is.
 
-    `timeout` is in seconds and includes the time in the queue. `max_retries`: further attempts when the
+    `timeout` is in seconds and includes the time in the queue. `priority` (-3 to 3) goes before lower ones, which get
+    their turns too. `max_retries`: further attempts when the
     queue is full (on_full="reject") or the worker died and is started anew.
     """
 
@@ -64,6 +64,7 @@ class ModelFields(BaseModel):
     model: str | None = Field(default=None, validation_alias=AliasChoices("model", "model_path"))
     worker: LlamaWorker | None = Field(default=None, exclude=True)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    priority: int = Field(default=0, ge=-3, le=3)
     max_retries: int = Field(default=2, ge=0)
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
 
@@ -244,11 +245,20 @@ def _set_fields(fields: ModelFields) -> list[tuple[str, Any]]:
     return [(n, v) for n in shown if (v := getattr(fields, n)) != type(fields).model_fields[n].default]
 
 
+_SETTINGS = {**ModelConfig.model_fields, **WorkerConfig.model_fields, **SamplingParams.model_fields}
+
+
+def _showable(field: str, value: object) -> object:
+    """`value`, or its type where it may hold what a user said. A str that is wrong for a setting is not text at all."""
+    if value is None or isinstance(value, int | float) or (isinstance(value, str) and field in _SETTINGS):
+        return value
+    return type(value).__name__
+
+
 def _typed(cls: type[BaseModel], invalid: ValidationError) -> ConfigError:
     first = invalid.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] != "extra_forbidden":
-        return ConfigError(field, first["input"], first["msg"])
-    near = difflib.get_close_matches(field, cls.model_fields, n=1)
-    hint = f"did you mean {near[0]}?" if near else "the keywords are those of ModelConfig, WorkerConfig, SamplingParams"
-    return ConfigError(field, first["input"], f"unknown; {hint}")
+        return ConfigError(field, _showable(field, first["input"]), first["msg"].removeprefix("Value error, "))
+    described = "the keywords are those of ModelConfig, WorkerConfig, SamplingParams"
+    return ConfigError.unknown(field, first["input"], cls.model_fields, described=described)

@@ -56,4 +56,9 @@ class LlamaWorkerEmbeddings(ModelFields, Embeddings):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"normalize": self.normalize, "overlong": self.overlong, "timeout": self.timeout}
+        return {
+            "normalize": self.normalize,
+            "overlong": self.overlong,
+            "timeout": self.timeout,
+            "priority": self.priority,
+        }

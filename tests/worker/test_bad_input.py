@@ -324,6 +324,8 @@ def test_a_text_too_long_to_embed_is_an_error_or_truncated_never_silent(embedder
     with pytest.raises(ContextOverflowError) as error:
         embedder.embed(["short", text])
     assert error.value.stage == "embed"
+    assert "smaller chunks, or cut it with overlong='truncate'" in str(error.value)
+    assert "n_ctx" not in str(error.value)
     assert len(embedder.embed([text], overlong="truncate")[0]) == embedder.info.n_embd
 
 

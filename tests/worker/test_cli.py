@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -12,10 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llama_worker.__main__ import main
+from llama_worker import Message
+from llama_worker.__main__ import _print_answer, main
+from llama_worker.testing import fake_worker
 from tests import synth
 from tests.worker.tools import QWEN
 
@@ -162,6 +166,40 @@ class TestChat:
         terminal.read_until("> ")
         terminal.write("/exit\n")
         assert terminal.process.wait(timeout=60) == 0
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestAnswers:
+    THOUGHT = "<think>\nBecause.\n</think>\n\nIt is."
+
+    def printed(self, monkeypatch: pytest.MonkeyPatch, out: io.StringIO, term: str = "xterm", **sampling: Any) -> str:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setenv("TERM", term)
+        with fake_worker(self.THOUGHT, chat_template=QWEN, n_ctx=8192) as worker:
+            with worker.stream([Message(role="user", content="Why?")], **sampling) as stream:
+                self.text = _print_answer(stream)
+        return out.getvalue()
+
+    def test_thoughts_are_dim_and_set_off_at_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.printed(monkeypatch, Screen()) == "\x1b[2mBecause.\x1b[0m\n\nIt is.\n"
+        assert self.text == "It is."
+
+    def test_a_terminal_that_knows_no_codes_gets_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.printed(monkeypatch, Screen(), term="dumb") == "Because.\n\nIt is.\n"
+
+    def test_a_pipe_gets_no_thoughts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.printed(monkeypatch, io.StringIO()) == "It is.\n"
+
+    def test_an_answer_that_was_cut_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also one that was cut while it was thought about: the terminal is bright again."""
+        printed = self.printed(monkeypatch, Screen(), max_tokens=12)
+        assert printed.startswith("\x1b[2mBec")
+        assert printed.endswith("\x1b[0m\n\n (cut: no more tokens were allowed)\n")
+        assert self.printed(monkeypatch, io.StringIO(), max_tokens=12) == " (cut: no more tokens were allowed)\n"
 
 
 class Terminal:

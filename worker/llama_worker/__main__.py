@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from llama_worker import (
     Message,
     ModelConfig,
     ModelInfo,
+    ReasoningDelta,
     RequestError,
     SamplingParams,
     TemplateError,
@@ -228,20 +230,52 @@ class _Chat:
             self._stream = None
 
 
+_NOTES = {"cancelled": " (cancelled)", "length": " (cut: no more tokens were allowed)"}
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
 def _print_answer(stream: EventStream) -> str:
-    """The whole answer. Raises what the request failed with."""
-    text = ""
+    """The whole answer. Raises what the request failed with.
+
+    Thoughts are shown at a terminal only: who reads a pipe asked for the answer.
+    """
+    text, thoughts = "", _Thoughts(visible=sys.stdout.isatty())
     for event in stream:
         match event:
+            case ReasoningDelta():
+                thoughts.show(event.text)
             case TextDelta():
+                thoughts.end()
                 print(event.text, end="", flush=True)
             case Finished():
-                print(" (cancelled)" if event.reason == "cancelled" else "", flush=True)
+                thoughts.end()
+                print(_NOTES.get(event.reason, ""), flush=True)
                 text = event.text
             case Failed():
+                thoughts.end()
                 print(flush=True)
                 raise event.error
     return text
+
+
+class _Thoughts:
+    """What is thought before an answer, set off from it by a line, and dim where the terminal can."""
+
+    def __init__(self, *, visible: bool) -> None:
+        self._visible = visible
+        is_dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._before, self._after = ("", "") if is_dumb else (_DIM, _PLAIN)
+        self._open = False
+
+    def show(self, text: str) -> None:
+        if self._visible:
+            print(text if self._open else self._before + text, end="", flush=True)
+            self._open = True
+
+    def end(self) -> None:
+        if self._open:
+            print(self._after, end="\n\n", flush=True)
+            self._open = False
 
 
 if __name__ == "__main__":

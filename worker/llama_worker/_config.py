@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -19,18 +20,26 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
-from llama_worker._errors import ConfigError, FieldError
+from llama_worker._errors import ConfigError, FieldError, Hidden, RequestError
 
 T = TypeVar("T")
 KVType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"]
 Speculating: TypeAlias = Literal["auto", "off", "on"]
 Pooling: TypeAlias = Literal["model", "mean", "cls", "last"]
-LoraName: TypeAlias = Annotated[str, Field(min_length=1, max_length=128)]
+NAME: Final = "name"
+"""Annotates a text that names something, as programs do, or a path. Every other text may be a user's."""
+_Path: TypeAlias = Annotated[str, Field(min_length=1), NAME]
+LoraName: TypeAlias = Annotated[str, Field(min_length=1, max_length=128), NAME]
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model whose validation errors are ours: they name the field and the value."""
+    """A frozen pydantic model whose validation errors are ours: they name the field and the value.
+
+    Of a field that admits text, other than a word of a Literal and a NAME, they show no value but its type and size;
+    so they do of whatever has parts in a request.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
     error_type: ClassVar[type[FieldError]] = ConfigError
@@ -55,31 +64,64 @@ _is_within: Final[ContextVar[bool]] = ContextVar("_is_within", default=False)
 
 
 def _typed(cls: type[Settings], invalid: ValidationError) -> FieldError:
-    errors = invalid.errors(include_url=False)
+    # What is missing comes last: it may have been given under an unknown name, and then that is what is wrong.
+    errors = sorted(invalid.errors(include_url=False), key=lambda error: error["type"] == "missing")
     # Of several types that were tried for one value, the one that got furthest.
     tried = errors[0]["loc"][:-1] or errors[0]["loc"]
     first = max((error for error in errors if error["loc"][: len(tried)] == tried), key=lambda error: len(error["loc"]))
-    inner, path = _place(cls, first["loc"])
-    reason = first["msg"]
+    inner, path, field = _place(cls, first["loc"])
     if first["type"] == "extra_forbidden":
-        path.append(str(first["loc"][-1]))
-        reason = f"unknown; the fields are {', '.join(inner.model_fields)}"
+        name, described = str(first["loc"][-1]), f"the fields are those of {inner.__name__}"
+        return cls.error_type.unknown(".".join([*path, name]), first["input"], inner.model_fields, described=described)
     while path and path[-1].isdecimal():
         path.pop()
-    return cls.error_type(".".join(path) or cls.__name__, first["input"], reason)
+    value = first["input"]
+    is_asked = issubclass(cls.error_type, RequestError)
+    if field is None or holds_text(field) or (is_asked and not _is_single(value)):
+        value = Hidden(value)
+    return cls.error_type(".".join(path) or cls.__name__, value, reason_of(first))
 
 
-def _place(cls: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], list[str]]:
-    """The innermost Settings that an error is in, and the fields and numbers that lead there. pydantic also names
-    types that it has tried."""
+def reason_of(error: Any) -> str:
+    """What one of pydantic's errors says, without how pydantic begins what a validator of ours says."""
+    return str(error["ctx"]["error"]) if error["type"] == "value_error" else str(error["msg"])
+
+
+def _is_single(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def holds_text(field: FieldInfo) -> bool:
+    """Whether what is given for `field` may be, or hold, a user's text, by its declared type."""
+    return NAME not in field.metadata and _admits_text(field.annotation)
+
+
+def _admits_text(kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return NAME not in parts[1:] and _admits_text(parts[0])
+    if origin is Literal:
+        return False
+    if origin in (tuple, Union, UnionType):
+        return any(map(_admits_text, parts))
+    if isinstance(kind, type) and issubclass(kind, Settings):
+        return any(map(holds_text, kind.model_fields.values()))
+    return kind not in (bool, int, float, type(None), Ellipsis)
+
+
+def _place(cls: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], list[str], FieldInfo | None]:
+    """The innermost Settings that an error is in, the fields and numbers that lead there, and the last of the fields.
+    pydantic also names types that it has tried."""
     path: list[str] = []
+    field = None
     for part in loc:
         if isinstance(part, int):
             path.append(str(part))
         elif part in cls.model_fields:
             path.append(part)
-            cls = _settings_in(cls.model_fields[part].annotation) or cls
-    return cls, path
+            field = cls.model_fields[part]
+            cls = _settings_in(field.annotation) or cls
+    return cls, path, field
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:
@@ -115,12 +157,12 @@ class ModelConfig(Settings):
     smaller, down to `n_ctx_min` tokens, then offloads fewer layers; a warning and `worker.config` tell.
     """
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1), NAME]
     n_ctx: Annotated[int, Field(ge=0, le=2**24)] = 4096
     n_parallel: Annotated[int, Field(ge=1, le=256)] = 4
     n_kv_cells: Annotated[int | None, Field(ge=1, le=2**26)] = None
     cache_ram: Annotated[int, Field(ge=0, le=2**24)] = 512
-    cache_dir: Annotated[str | None, Field(min_length=1)] = None
+    cache_dir: Annotated[str | None, Field(min_length=1), NAME] = None
     cache_disk: Annotated[int, Field(ge=1, le=2**30)] = 4096
     n_batch: Annotated[int, Field(ge=32, le=2**16)] = 2048
     n_ubatch: Annotated[int, Field(ge=1, le=2**16)] = 512
@@ -129,7 +171,10 @@ class ModelConfig(Settings):
     n_gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] = -1
     main_gpu: Annotated[int, Field(ge=0, le=255)] = 0
     split_mode: Literal["none", "layer", "row"] = "layer"
-    tensor_split: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
+    # 16: how many devices llama.cpp is built for. Found out here, a reload keeps the model that it has.
+    tensor_split: Annotated[
+        tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None, Field(max_length=16)
+    ] = None
     type_k: KVType = "f16"
     type_v: KVType = "f16"
     flash_attn: Literal["auto", "on", "off"] = "auto"
@@ -140,7 +185,7 @@ class ModelConfig(Settings):
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     speculation: Speculating = "off"
     pooling: Pooling = "model"
-    lora_paths: Annotated[tuple[tuple[LoraName, Annotated[str, Field(min_length=1)]], ...], Field(max_length=64)] = ()
+    lora_paths: Annotated[tuple[tuple[LoraName, _Path], ...], Field(max_length=64)] = ()
     chat_template: str | None = None
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512

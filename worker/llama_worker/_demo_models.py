@@ -52,7 +52,7 @@ _DEMOS: Final[Mapping[str, _Demo]] = {
 def locate(name: str) -> Path:
     """The GGUF file of the demo model `name`, converted first where need be. Safe in many processes at once.
 
-    Raises ModelNotFoundError, whose text is the command to type, and ModelLoadError.
+    Raises ModelNotFoundError, whose text has the command to type, and ModelLoadError.
     """
     demo = _DEMOS.get(name)
     if demo is None:
@@ -60,7 +60,7 @@ def locate(name: str) -> Path:
         raise ModelNotFoundError(f"model='demo://{name}': unknown demo model; there are {known}")
     source = _find(demo)
     if source is None:
-        raise ModelNotFoundError(demo.install)
+        raise _not_installed(name, demo)
     return source if source.is_file() else _converted(name, source, demo)
 
 
@@ -68,6 +68,10 @@ def cache_folder() -> Path:
     """Where converted models are kept: $LLAMA_WORKER_CACHE, or the user's cache folder."""
     chosen = os.environ.get("LLAMA_WORKER_CACHE")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("llama-worker")
+
+
+def _not_installed(name: str, demo: _Demo) -> ModelNotFoundError:
+    return ModelNotFoundError(f"model='demo://{name}' is not installed: {demo.install}")
 
 
 def _find(demo: _Demo) -> Path | None:
@@ -84,7 +88,7 @@ def _converted(name: str, source: Path, demo: _Demo) -> Path:
         with _replacing(target) as temporary:
             _convert_bert(source, temporary)
     except ImportError:
-        raise ModelNotFoundError(demo.install) from None
+        raise _not_installed(name, demo) from None
     except OSError as failed:
         raise ModelLoadError(
             f"{name} cannot be converted into {target.parent}: {failed.strerror or failed}; "

@@ -25,12 +25,16 @@ LlamaWorkerError
 └── WorkerClosed                the worker was closed; open another
     └── WorkerDied              it broke; `__cause__` is the original exception
 
-Messages name the field, the value and the way out. They never carry prompt or reply text, only lengths.
+Messages name the field, the value and the way out. They never carry prompt or reply text, only lengths: the value of
+a field whose type admits text is shown as its type and size (`Settings`, `Hidden`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from llama_worker._keywords import unknown_keyword
 
 if TYPE_CHECKING:
     from llama_worker._events import Reply
@@ -67,13 +71,44 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"<{type(value).__name__}, {len(text)} characters>"
 
 
+class Hidden:
+    """What an error shows instead of a value that may be, or hold, a user's text: its type and its size."""
+
+    def __init__(self, value: object) -> None:
+        self._shown = f"<{type(value).__name__}{_size(value)}>"
+
+    def __repr__(self) -> str:
+        return self._shown
+
+
+def _size(value: object) -> str:
+    if isinstance(value, str):
+        return f", {len(value)} characters"
+    return f" of {len(value)}" if isinstance(value, list | tuple | dict | set | frozenset | bytes) else ""
+
+
 class FieldError(LlamaWorkerError):
-    """`field` holds `value`, which cannot work because of `reason`."""
+    """`field` holds `value`, which cannot work because of `reason`.
+
+    The text shows `value`: whoever raises it for what may be a user's text gives it Hidden.
+    """
 
     def __init__(self, field: str, value: object, reason: str) -> None:
         super().__init__(f"{field}={shown(value)}: {reason}")
         self.field = field
         self.reason = reason
+
+    @classmethod
+    def unknown(
+        cls, name: str, value: object, known: Collection[str], *, described: str, of_model: Container[str] = ()
+    ) -> Self:
+        """There is no field `name`, the last of a path: which of `known` was meant, or what there is.
+
+        `value` is shown if it is a number only: under an unknown name there can be anything. `of_model` are names of
+        a model's fields, which are no call's.
+        """
+        shown = value if value is None or isinstance(value, int | float) else Hidden(value)
+        return cls(name, shown, unknown_keyword(name.rpartition(".")[2], known, described=described, of_model=of_model))
 
     def within(self, place: str) -> Self:
         """The same error of something that stands at `place`; one that says so already does not change."""
@@ -136,6 +171,10 @@ class InvalidRequestError(FieldError, RequestError):
     """A field of the request has a value that cannot work."""
 
 
+_OVERFLOW_WAY_OUT = "shorten the input, lower max_tokens or open the model with a larger n_ctx"
+_OVERFLOW_WAYS_OUT = {"embed": "split the text into smaller chunks, or cut it with overlong='truncate'"}
+
+
 class ContextOverflowError(RequestError):
     """The request needs more tokens than the context offers.
 
@@ -146,10 +185,8 @@ class ContextOverflowError(RequestError):
     """
 
     def __init__(self, *, stage: str, resident: int, additional: int, n_ctx: int) -> None:
-        super().__init__(
-            f"{stage}: {resident} + {additional} tokens exceed the limit of {n_ctx}; "
-            "shorten the input, lower max_tokens or open the model with a larger n_ctx"
-        )
+        way_out = _OVERFLOW_WAYS_OUT.get(stage, _OVERFLOW_WAY_OUT)
+        super().__init__(f"{stage}: {resident} + {additional} tokens exceed the limit of {n_ctx}; {way_out}")
         self.stage = stage
         self.resident = resident
         self.additional = additional

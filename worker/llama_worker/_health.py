@@ -38,7 +38,7 @@ def health_of(service: Service, *, inherited: bool = False) -> Health:
     now, last = service.clock(), service.meter.last_step
     verdict, reason = _inherited() if inherited else _judge(service, now)
     since = None if last is None else max(now - last, 0.0)
-    return Health(verdict=verdict, reason=reason, state=service.state, since_step=since)
+    return Health(verdict=verdict, reason=reason, state="closed" if inherited else service.state, since_step=since)
 
 
 def _inherited() -> tuple[Verdict, str]:

@@ -102,7 +102,10 @@ def _existing_file(path: Path) -> Path:
         return path
     if path.is_dir():
         raise ModelNotFoundError(f"{path.name} is a folder; give the path of a .gguf file in it")
-    raise ModelNotFoundError(f"there is no file {path.name} in {path.parent}; check the path")
+    raise ModelNotFoundError(
+        f"there is no file {path.name} in {path.parent}; check the path: a model is a .gguf file on this machine, "
+        "and names of hubs are not looked up"
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from llama_worker._config import ModelConfig
 from llama_worker._errors import InvalidRequestError
 from llama_worker._requests import EmbedRequest, GenerationRequest, Message, SamplingParams, ToolSpec
 
@@ -18,6 +19,9 @@ _Kind = TypeVar("_Kind", Message, ToolSpec)
 
 _ASKED = frozenset(GenerationRequest.model_fields) - {"prompt", "messages", "params", "timeout", "session", "priority"}
 """Keywords of a call that are the request's and not its sampling."""
+
+_KNOWN = (*SamplingParams.model_fields, *sorted(_ASKED), "timeout", "session", "priority")
+_DESCRIBED = "a call takes the fields of SamplingParams and of GenerationRequest"
 
 
 def core_messages(prompt: Sequence[MessageLike]) -> tuple[Message, ...]:
@@ -51,6 +55,14 @@ def _has_fields(item: object) -> bool:
     return isinstance(item, Mapping) and all(isinstance(name, str) for name in item)
 
 
+def check_known(keywords: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for the first of a call's keywords that no call takes."""
+    for name, value in keywords.items():
+        if name not in _KNOWN:
+            fields = ModelConfig.model_fields
+            raise InvalidRequestError.unknown(name, value, _KNOWN, described=_DESCRIBED, of_model=fields)
+
+
 def generation_request(
     prompt: Prompt,
     timeout: float | None,
@@ -64,6 +76,7 @@ def generation_request(
                 "prompt", "GenerationRequest", "it brings its own params, timeout, session and priority; give no others"
             )
         return prompt
+    check_known(sampling)
     asked = {name: value for name, value in sampling.items() if name in _ASKED}
     params = SamplingParams(**{name: value for name, value in sampling.items() if name not in _ASKED})
     text, messages = (prompt, None) if isinstance(prompt, str) else (None, core_messages(prompt))

@@ -8,14 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from llama_worker._config import LoraName, Settings, distinct, named_pairs
+from llama_worker._config import NAME, LoraName, Settings, distinct, named_pairs
 from llama_worker._errors import FieldError, InvalidRequestError
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 _MOST_BIAS = 1e4
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Timeout = Annotated[float | None, Field(gt=0, le=1e9, allow_inf_nan=False)]
-_Session = Annotated[str | None, Field(min_length=1, max_length=256)]
+_Session = Annotated[str | None, Field(min_length=1, max_length=256), NAME]
 _Priority = Annotated[int, Field(ge=-3, le=3)]
 _Scale = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -28,8 +28,8 @@ class ToolCall(Settings):
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
-    id: str
-    name: Annotated[str, Field(min_length=1)]
+    id: Annotated[str, NAME]
+    name: Annotated[str, Field(min_length=1), NAME]
     arguments: dict[str, Any]
 
     @model_validator(mode="before")
@@ -56,10 +56,10 @@ class Message(Settings):
 
     role: Role
     content: str
-    name: str | None = None
+    name: Annotated[str | None, NAME] = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
+    tool_call_id: Annotated[str | None, NAME] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +84,7 @@ class ToolSpec(Settings):
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
-    name: Annotated[str, Field(min_length=1, max_length=256)]
+    name: Annotated[str, Field(min_length=1, max_length=256), NAME]
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: bool | None = None
@@ -107,7 +107,7 @@ class ToolName(Settings):
 
     error_type: ClassVar[type[FieldError]] = InvalidRequestError
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1), NAME]
 
     @model_validator(mode="before")
     @classmethod
@@ -245,7 +245,7 @@ class SamplingParams(Settings):
         if isinstance(value, Mapping):
             try:
                 return tuple(sorted((int(token), float(bias)) for token, bias in value.items()))
-            except TypeError as exc:
+            except (TypeError, ValueError) as exc:
                 raise ValueError("token ids must be integers and biases numbers") from exc
         return value
 

@@ -29,12 +29,15 @@ class Status:
     cells: int
 
 
-def status_of(service: Service, model: str) -> Status:
-    """The status now; `model` is its name as long as none is loaded. Any thread."""
+def status_of(service: Service, model: str, *, inherited: bool = False) -> Status:
+    """The status now; `model` is its name as long as none is loaded. Any thread.
+
+    `inherited`: this process is a forked child, where nobody is served.
+    """
     # A parked thread keeps what it had: nobody is served by it.
     loaded = None if service.parked else service.loaded
     return Status(
-        state=service.state,
+        state="closed" if inherited else service.state,
         model=model if loaded is None else loaded.view.info.name,
         epoch=service.epoch,
         queued=service.channel.queued,

@@ -29,6 +29,7 @@ from llama_worker._engine.base import EngineLimits, LoadedModel, LoraInfo, Model
 from llama_worker._errors import (
     ConfigError,
     ContextOverflowError,
+    Hidden,
     InvalidRequestError,
     TemplateError,
     UnsupportedFeatureError,
@@ -293,7 +294,7 @@ class ModelView:
         limit = self.limits.n_embed_text
         if not len(tokens):
             raise InvalidRequestError(
-                "texts", text, "it has no tokens; this model has no BOS, so there is nothing to embed"
+                "texts", Hidden(text), "it has no tokens; this model has no BOS, so there is nothing to embed"
             )
         if len(tokens) <= limit:
             return tokens

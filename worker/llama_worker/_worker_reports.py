@@ -36,8 +36,8 @@ class WorkerReports:
         return self._created_with if view is None else view.config
 
     def status(self) -> Status:
-        """A snapshot. Never waits."""
-        return status_of(self._service, self.config.model)
+        """A snapshot; "closed" in a forked child. Never waits."""
+        return status_of(self._service, self.config.model, inherited=self._desk.is_inherited)
 
     def health(self) -> Health:
         """Whether it serves, and if not as it should, why. Never waits."""

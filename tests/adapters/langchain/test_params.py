@@ -133,6 +133,25 @@ def test_a_call_with_a_misspelt_keyword_raises() -> None:
         ChatLlamaWorker(model=NOWHERE).invoke("hello", temprature=0)
 
 
+def test_an_unknown_keyword_of_a_call_is_answered_with_what_was_meant() -> None:
+    for keyword, hint in (("tool", "did you mean tools"), ("max_new_tokens", "here it is max_tokens")):
+        with pytest.raises(InvalidRequestError, match=f"^{keyword}=7: unknown; {hint}"):
+            ChatLlamaWorker(model=NOWHERE).invoke("hello", **{keyword: 7})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_another_library_s_name_is_answered_with_ours(cls: type) -> None:
+    with pytest.raises(ConfigError, match="context_window=7: unknown; here it is n_ctx"):
+        cls(model=NOWHERE, context_window=7)
+
+
+def test_what_a_user_said_is_in_no_error() -> None:
+    for keywords in ({"stop": {"My PIN": 1}}, {"sytem": "My PIN"}, {"template_variables": "My PIN"}):
+        with pytest.raises(ConfigError) as caught:
+            ChatLlamaWorker(model=NOWHERE, **keywords)
+        assert "PIN" not in str(caught.value)
+
+
 def test_a_setting_of_the_model_cannot_be_changed_by_a_call() -> None:
     with pytest.raises(InvalidRequestError, match="constructor"):
         ChatLlamaWorker(model=NOWHERE).invoke("hello", n_ctx=8)

@@ -15,7 +15,15 @@ from llama_index.core.llms.utils import resolve_llm
 from llama_index.embeddings.llama_worker import LlamaWorkerEmbedding
 from llama_index.llms.llama_worker import LlamaWorkerLLM, WorkerComponent
 
-from llama_worker import ConfigError, LlamaWorker, ModelConfig, ModelNotFoundError, SamplingParams, WorkerConfig
+from llama_worker import (
+    ConfigError,
+    InvalidRequestError,
+    LlamaWorker,
+    ModelConfig,
+    ModelNotFoundError,
+    SamplingParams,
+    WorkerConfig,
+)
 from llama_worker.testing import fake_loader, fake_worker
 
 from .conftest import HELLO
@@ -50,6 +58,38 @@ def test_a_keyword_that_cannot_work_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=field):
         component(model="m.gguf", **keywords)
+
+
+def test_an_unknown_keyword_is_answered_with_what_was_meant() -> None:
+    """LlamaIndex's own names for one thing and another are not ours, and a list of sixty helps nobody."""
+    for keyword, hint in (
+        ("context_window", "here it is n_ctx"),
+        ("max_new_tokens", "here it is max_tokens"),
+        ("n_gpu_layer", "did you mean n_gpu_layers"),
+        ("qqqq", "the fields are those of LlamaWorkerLLM"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{keyword}=7: unknown; {hint}") as caught:
+            LlamaWorkerLLM(model="m.gguf", **{keyword: 7})
+        assert len(str(caught.value)) < 100
+
+
+def test_an_unknown_keyword_of_a_call_is_answered_with_what_was_meant(worker: LlamaWorker) -> None:
+    llm = LlamaWorkerLLM(worker=worker)
+    for keyword, hint in (
+        ("response_formt", "did you mean response_format"),
+        ("tool", "did you mean tools"),
+        ("n_ctx", "belongs to the model"),
+        ("max_new_tokens", "here it is max_tokens"),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"^{keyword}=7: .*{hint}"):
+            llm.complete("x", **{keyword: 7})
+
+
+def test_what_a_user_said_is_in_no_error() -> None:
+    for keywords in ({"system_prompt": ["My PIN"]}, {"system_promt": "My PIN"}, {"stop": [["My PIN"]]}):
+        with pytest.raises(ConfigError) as caught:
+            LlamaWorkerLLM(model="m.gguf", **keywords)
+        assert "PIN" not in str(caught.value)
 
 
 def test_sampling_keywords_are_checked_by_the_constructor() -> None:

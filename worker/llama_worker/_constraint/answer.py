@@ -7,7 +7,7 @@ from typing import Final
 
 from llama_worker._constraint.rules import Check, Given, Json, Node, Plain, Schema, Span, either
 from llama_worker._constraint.schema import read_schema
-from llama_worker._errors import InvalidRequestError
+from llama_worker._errors import Hidden, InvalidRequestError
 from llama_worker._requests import ResponseFormat
 
 _MOST_CHARACTERS: Final = 256 << 10
@@ -41,9 +41,11 @@ class Answer:
 
     def _require_usable(self, text: str) -> None:
         if len(text) > _MOST_CHARACTERS:
-            raise InvalidRequestError(self.field, text, f"longer than {_MOST_CHARACTERS} characters; shorten it")
+            raise InvalidRequestError(
+                self.field, Hidden(text), f"longer than {_MOST_CHARACTERS} characters; shorten it"
+            )
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise InvalidRequestError(self.field, text, "half a surrogate pair is no character; leave it out")
+            raise InvalidRequestError(self.field, Hidden(text), "half a surrogate pair is no character; leave it out")
 
     def _read_schema(self) -> None:
         given = self._wanted.json_schema if self._wanted.type == "json_schema" else {"type": "object"}
@@ -81,11 +83,13 @@ class Answer:
     def _choices(self, unless: tuple[str, ...]) -> list[str]:
         texts = list(dict.fromkeys(self._wanted.choices or ()))
         if sum(map(len, texts)) > _MOST_CHARACTERS:
-            raise InvalidRequestError(self.field, texts, f"over {_MOST_CHARACTERS} characters together; give fewer")
+            raise InvalidRequestError(
+                self.field, Hidden(texts), f"over {_MOST_CHARACTERS} characters together; give fewer"
+            )
         for text in texts:
             for begun in beginnings(unless):
                 if text.startswith(begun):
-                    raise InvalidRequestError(self.field, text, misread(begun))
+                    raise InvalidRequestError(self.field, Hidden(text), misread(begun))
         return texts
 
 

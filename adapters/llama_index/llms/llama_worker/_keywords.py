@@ -7,11 +7,15 @@ from typing import Any
 
 from llama_index.llms.llama_worker._tools import core_choice, core_tools
 
-from llama_worker import GenerationRequest, InvalidRequestError, ResponseFormat, SamplingParams
+from llama_worker import GenerationRequest, InvalidRequestError, ModelConfig, ResponseFormat, SamplingParams
 
 _REQUEST = frozenset(GenerationRequest.model_fields) - {"messages", "prompt", "params"}
 _OPTIONAL = _REQUEST - {"timeout"} | {"grammar"}
 """Keywords for which None says nothing. LlamaIndex passes `tool_choice=None` for one."""
+
+
+_KNOWN = (*SamplingParams.model_fields, *sorted({*_REQUEST, "grammar", "session_id"}))
+_CALL_TAKES = "a call takes the fields of SamplingParams and of GenerationRequest, grammar and session_id"
 
 
 def worker_keywords(keywords: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,11 +23,19 @@ def worker_keywords(keywords: Mapping[str, Any], fields: Mapping[str, Any]) -> d
 
     Raises InvalidRequestError for a name that nobody knows and a value that cannot be meant.
     """
+    _check_known(keywords)
     given = {name: value for name, value in _named(keywords).items() if value is not None or name not in _OPTIONAL}
     merged = {**_named(fields), **given}
     request = {name: value for name, value in merged.items() if name in _OPTIONAL and value is not None}
     sampling = SamplingParams(**{name: value for name, value in merged.items() if name not in _REQUEST | {"grammar"}})
     return {"timeout": merged.get("timeout"), **sampling.model_dump(), **_meant(request)}
+
+
+def _check_known(keywords: Mapping[str, Any]) -> None:
+    for name, value in keywords.items():
+        if name not in _KNOWN:
+            fields = ModelConfig.model_fields
+            raise InvalidRequestError.unknown(name, value, _KNOWN, described=_CALL_TAKES, of_model=fields)
 
 
 def _named(keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +64,9 @@ def _with_format(request: dict[str, Any]) -> dict[str, Any]:
     if isinstance(asked, Mapping) and asked.get("type") == "text":
         asked = None
     if grammar is not None and asked is not None:
-        raise InvalidRequestError("grammar", grammar, "response_format is given too; leave one of them out")
+        raise InvalidRequestError(
+            "grammar", type(grammar).__name__, "response_format is given too; leave one of them out"
+        )
     if grammar is not None:
         asked = ResponseFormat(type="gbnf", grammar=grammar)
     return request if asked is None else {**request, "response_format": asked}

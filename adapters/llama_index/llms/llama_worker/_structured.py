@@ -32,7 +32,9 @@ def keywords_for(output_cls: type[Model], llm_kwargs: Mapping[str, Any] | None) 
     given = {name: value for name, value in (llm_kwargs or {}).items() if name not in _PROGRAMS_OWN}
     for name in ("response_format", "grammar"):
         if given.get(name) is not None:
-            raise InvalidRequestError(name, given[name], f"the format is that of {output_cls.__name__}; leave it out")
+            raise InvalidRequestError(
+                name, type(given[name]).__name__, f"the format is that of {output_cls.__name__}; leave it out"
+            )
     return {**given, "response_format": format_of(output_cls)}
 
 
