@@ -215,9 +215,12 @@ def test_a_forked_child_is_refused_at_once_and_the_parent_serves_on():
             asks += [lambda: asyncio.run(worker.agenerate("x")), lambda: asyncio.run(worker.aembed(["x"]))]
             asks += [lambda: worker.info, lambda: worker.count_tokens("x"), worker.cancel_all]
             asks += [lambda: worker.reload(n_ctx=99), lambda: asyncio.run(worker.areload(n_ctx=99))]
+            asks += [lambda: asyncio.run(worker.awarmup()), lambda: asyncio.run(worker.aadd_lora("a", "fake://a"))]
+            asks += [lambda: asyncio.run(worker.aexport_cache(".")), lambda: asyncio.run(worker.aimport_cache("."))]
             says = {worker.status().state, worker.health().state}
             return all(map(refused, asks)) and worker.is_closed and says == {"closed"}
 
+        asyncio.run(ready.agenerate("x"))  # now its preparer has a thread, which a child does not
         print(in_child(lambda: is_refused(ready)), in_child(lambda: is_refused(loading)))
         unloaded.set()
         print(ready.generate("x").text, loading.generate("x").text)

@@ -151,6 +151,7 @@ class Desk:
         Raises DeadlineExceeded, GenerationCancelled when `cancel` is set during the first load, and why there is
         no model.
         """
+        self.check_process()  # a forked child has no preparer's thread
         try:
             if not self.published.first.done():  # the preparer has others to serve, a reload among them
                 await self.published.shown(seconds_left(deadline), cancel)
