@@ -66,6 +66,12 @@ def test_it_is_named_and_the_worker_serves_on(worker: Any, field: str, call: Cal
     assert (worker.status().state, worker.status().epoch) == ("ready", 1)
 
 
+def test_ids_are_read_once(worker: Any):
+    """So any iterable of them will do."""
+    ids = worker.tokenize("hello world")
+    assert worker.detokenize(iter(ids)) == worker.detokenize(token for token in ids) == worker.detokenize(ids) != ""
+
+
 OPENED: dict[str, Callable[[Any], object]] = {
     "a worker": LlamaWorker,
     "a worker in the background": LlamaWorker.begin,

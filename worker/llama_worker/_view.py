@@ -121,12 +121,13 @@ class ModelView:
     def detokenize(self, ids: Sequence[int]) -> str:
         pieces = self.vocabulary.pieces
         try:
-            unknown = next((token for token in ids if not 0 <= index(token) < len(pieces)), None)
+            tokens = [index(token) for token in ids]
         except TypeError:
             raise InvalidRequestError("ids", type(ids).__name__, "give a list of ints") from None
+        unknown = next((token for token in tokens if not 0 <= token < len(pieces)), None)
         if unknown is not None:
             raise InvalidRequestError("ids", unknown, f"the vocabulary has ids 0 to {len(pieces) - 1}")
-        return b"".join(pieces[token] for token in ids).decode("utf-8", "replace")
+        return b"".join(pieces[token] for token in tokens).decode("utf-8", "replace")
 
     @property
     def format(self) -> ChatFormat:
