@@ -28,6 +28,7 @@ from llama_worker._engine.llama import LlamaEngine, load
 from llama_worker._engine.log import collected_log, error_lines, forward_log, thread_log
 from llama_worker._engine.threads import usable_cores
 from llama_worker._engine.vocabulary import LlamaVocabulary
+from llama_worker._models import read_info
 from tests import synth
 
 pytestmark = pytest.mark.engine
@@ -485,9 +486,13 @@ def test_a_dropped_engine_gives_its_memory_back(tiny_llama: Path):
 
 
 def test_a_context_that_cannot_be_is_a_load_error_with_the_reason(tiny_llama: Path):
-    """A quantised V cache needs flash attention; llama.cpp says so in its log."""
+    """A quantised V cache needs flash attention; llama.cpp says so in its log. `load` says it first."""
+    config = ModelConfig(model=str(tiny_llama), n_threads=1, type_v="q8_0", flash_attn="off")
     with pytest.raises(ModelLoadError, match=r"(?i)flash"):
+        LlamaEngine(config, tiny_llama, read_info(tiny_llama))
+    with pytest.raises(ConfigError, match="flash attention") as refused:
         loaded(tiny_llama, type_v="q8_0", flash_attn="off")
+    assert refused.value.field == "type_v"
 
 
 def test_more_tensor_shares_than_devices_are_refused(tiny_llama: Path):

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,9 +39,9 @@ from llama_worker._free_memory import FreeMemory, free_memory, free_ram_bytes
 from llama_worker._memory import cells_asked, offloaded_layers, planned
 from llama_worker._models import ModelFile, read_model
 from llama_worker._snapshots import kept_bytes_of
-from llama_worker.testing import fake_loader
+from llama_worker.testing import fake_loader, fake_worker
 from tests import synth_lora
-from tests.worker.waiting import wait_until
+from tests.worker.waiting import in_thread, wait_until
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 PLENTY = FreeMemory(ram=2**60)
@@ -742,6 +743,27 @@ class TestRefusal:
                     worker.reload(larger)
                 assert worker.metrics().reloads_failed == n_tried
 
+    def test_a_state_that_a_slot_and_a_saved_sequence_hold_is_counted_once(self, tmp_path: Path) -> None:
+        """A sequence that came back stays among those that are saved, with the checkpoints that its slot now has."""
+        prompts = ["a" * 300, "b" * 300]
+        with fake_worker(loader=fake_loader(hybrid=True), n_ctx=4096, n_parallel=2) as worker:
+            for prompt in prompts:
+                worker.generate(prompt, max_tokens=1)
+            assert worker.export_cache(tmp_path) == 2
+        with fake_worker(loader=fake_loader(hybrid=True), n_ctx=4096, n_parallel=2) as worker:
+            assert worker.import_cache(tmp_path) == 2
+            worker.generate(prompts[0] + "and more", max_tokens=1)
+            loaded = worker._service.loaded
+            assert loaded is not None
+            cache = loaded.scheduler.cache
+            in_slots = {checkpoint for slot in cache.slots for checkpoint in slot.checkpoints}
+            saved = {checkpoint for entry in cache.tier.entries for checkpoint in entry.checkpoints}
+            assert in_slots & saved
+            assert saved - in_slots
+            whole = sum(entry.state.nbytes + entry.tokens.nbytes for entry in cache.tier.entries)
+            partial = sum(checkpoint.state.nbytes for checkpoint in in_slots | saved)
+            assert kept_bytes_of(worker._service) == whole + partial
+
     @pytest.mark.engine
     def test_a_model_that_is_unloaded_gives_nothing_back_any_more(
         self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
@@ -787,6 +809,61 @@ class TestRefusal:
         assert plan_of_serving(info, config) is not None
         copy.unlink()
         assert plan_of_serving(info, config) is None
+
+    @pytest.mark.engine
+    def test_adapters_whose_file_is_gone_are_given_back_with_their_model(
+        self, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are in memory all the same. With a byte less than that the reload is refused."""
+        adapter = synth_lora.lora(tmp_path / "adapter.gguf", tiny_llama, rank=32)
+        paths = {"a": str(adapter), "again": str(adapter)}
+        config = ModelConfig(model=str(tiny_llama), n_ctx=1024, n_threads=1, lora_paths=paths)
+        larger = ModelConfig(model=str(tiny_llama), n_ctx=4096, n_threads=1)
+        enough = plan_memory(larger).needed_ram - plan_memory(config).needed_ram
+        with LlamaWorker(config) as worker:
+            adapter.unlink()
+            serving = plan_of_serving(worker.info, worker.config, worker.loras.values())
+            assert serving is not None
+            assert serving.loras == worker.loras["a"].size > 0
+            leave_free(monkeypatch, enough - 1)
+            with pytest.raises(InsufficientMemoryError):
+                worker.reload(larger)
+            assert worker.metrics().reloads_failed == 0
+            leave_free(monkeypatch, enough)
+            with pytest.raises(ModelLoadError):  # by the loading, which finds that here nothing becomes free
+                worker.reload(larger)
+            assert worker.metrics().reloads_failed == 1
+
+    @pytest.mark.engine
+    def test_what_is_being_loaded_is_given_back_to_the_reload_that_supersedes_it(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There is no other model then, so what that one may have taken is all that counts, and no byte more."""
+        first, second, third = (
+            ModelConfig(model=str(tiny_llama), n_ctx=n_ctx, n_parallel=1, n_threads=1) for n_ctx in (512, 4096, 6144)
+        )
+        enough = plan_memory(third).needed_ram - plan_memory(second).needed_ram
+        reached, go = threading.Event(), threading.Event()
+
+        def hold(fraction: float) -> None:
+            reached.set()
+            go.wait(60)
+
+        with LlamaWorker(first) as worker:
+            superseded = in_thread(lambda: worker.reload(second, progress=hold))
+            try:
+                assert reached.wait(60)
+                leave_free(monkeypatch, enough - 1)
+                with pytest.raises(InsufficientMemoryError):
+                    worker.reload(third)
+                leave_free(monkeypatch, enough)
+                reload = worker._reload(third, "drain", None, False, None, {})
+            finally:
+                leave_free(monkeypatch, 64 * 1024 * MIB)
+                go.set()
+            assert reload.answer.result(60) is None
+            assert "superseded" in str(superseded())
+            assert worker.config.n_ctx == 6144
 
     def test_weights_count_where_they_must_be_resident(self, smollm2_path: Path) -> None:
         config = ModelConfig(model=str(smollm2_path), n_ctx=2**24, load_mode="mlock")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -140,6 +141,23 @@ def test_settings_that_cannot_work_are_refused_before_the_old_model_is_let_go(
     assert_serves(chat, before)
     assert (chat.status().epoch, chat.metrics().reloads_failed) == (1, 0)
     assert chat.metrics().cached_tokens > 0
+
+
+@pytest.mark.parametrize(("changes", "kind", "named"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_the_same_settings_are_refused_in_the_same_way_when_a_model_is_opened(
+    tiny_llama: Path, changes: dict[str, Any], kind: type[Exception], named: str
+):
+    with pytest.raises(kind, match=named):
+        LlamaWorker(ModelConfig(model=str(tiny_llama), n_ctx=512, n_threads=1, **changes))
+
+
+def test_a_model_that_embeds_is_reloaded_with_whatever_it_was_opened_with(tiny_bert: Path):
+    """It has no cells, so their types are nothing to it."""
+    with LlamaWorker(ModelConfig(model=str(tiny_bert), n_threads=1, type_v="q8_0", flash_attn="off")) as worker:
+        before = worker.embed(["hello"])
+        worker.reload(n_batch=256)
+        assert worker.embed(["hello"]) == before
+        assert worker.status().epoch == 2
 
 
 def test_a_model_that_only_embeds_is_refused_by_a_worker_that_chats(chat: LlamaWorker, tiny_bert: Path):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from llama_worker._config import ModelConfig
-from llama_worker._engine.base import ModelInfo
-from llama_worker._errors import InsufficientMemoryError, ModelLoadError
+from llama_worker._engine.base import LoraInfo, ModelInfo
+from llama_worker._errors import InsufficientMemoryError, LoraLoadError, ModelLoadError
 from llama_worker._free_memory import FreeMemory, free_memory
 from llama_worker._memory import CELL_STEP, MemoryPlan, cells_asked, described, offloaded_layers, plan, planned
-from llama_worker._models import ModelFile
+from llama_worker._models import ModelFile, read_info, resolve
 
 logger = logging.getLogger("llama_worker")
 
@@ -45,10 +46,30 @@ def require_fit(info: ModelInfo, config: ModelConfig, *, replacing: MemoryPlan |
     _fitting_or_refused(described(Path(info.path), config), config, free)
 
 
-def plan_of_serving(info: ModelInfo, config: ModelConfig) -> MemoryPlan | None:
-    """What a model that is loaded has taken, or None when its file is no longer there to tell."""
+def plan_of_serving(info: ModelInfo, config: ModelConfig, loras: Iterable[LoraInfo] = ()) -> MemoryPlan | None:
+    """What a model that is loaded has taken, or None when its file is no longer there to tell.
+
+    Where the file of an adapter is not, `loras` say what they take; with layers on devices nobody knows then where
+    they lie, and they are not counted.
+    """
     try:
         return plan(info, config)
+    except LoraLoadError:
+        alone = plan_of_serving(info, config.model_copy(update={"lora_paths": ()}))
+        return alone if alone is None or alone.needed_device else _with_loras(alone, loras)
+    except ModelLoadError:
+        return None
+
+
+def _with_loras(alone: MemoryPlan, loras: Iterable[LoraInfo]) -> MemoryPlan:
+    n_bytes = sum({lora.digest: lora.size for lora in loras}.values())  # two names of one file share what is loaded
+    return replace(alone, loras=n_bytes, needed_ram=alone.needed_ram + n_bytes)
+
+
+def plan_of_loading(config: ModelConfig) -> MemoryPlan | None:
+    """What a model that is being loaded may have taken so far, at most, or None when its file is no longer there."""
+    try:
+        return plan_of_serving(read_info(resolve(config.model)), config)
     except ModelLoadError:
         return None
 

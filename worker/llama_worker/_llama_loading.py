@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llama_worker import _exit
 from llama_worker._chat.template import CHATML, ChatTemplate
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import LoadedModel, Loader, ModelInfo
-from llama_worker._errors import ConfigError, ModelLoadError, TemplateError
+from llama_worker._errors import ModelLoadError, TemplateError
 from llama_worker._view import ModelView, template_source
+
+if TYPE_CHECKING:
+    from llama_worker._memory import MemoryPlan
 
 
 def load_llama(config: ModelConfig) -> LoadedModel:
@@ -28,15 +31,20 @@ def contained(loader: Loader) -> Loader:
 
 
 def check_reload(
-    config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"], kept: int | None = 0
+    config: ModelConfig,
+    serving: ModelView | None,
+    overlap: bool | Literal["auto"],
+    kept: int | None = 0,
+    coming: ModelConfig | None = None,
 ) -> bool:
     """Everything that can be known to fail before the old model is let go. Returns whether to overlap.
 
     `kept`: bytes of saved states that will be free with the old model; None when that is unloaded already.
+    `coming`: what is being loaded while there is no model; that ends, and what it has taken will be free.
     Reads the header, milliseconds. Raises ConfigError, and ModelLoadError, which says that the old model serves on.
     """
     try:
-        return _checked(config, serving, overlap, kept)
+        return _checked(config, serving, overlap, kept, coming)
     except ModelLoadError as refused:
         refused.previous_restored = serving is not None
         raise
@@ -50,29 +58,50 @@ def check_loras(config: ModelConfig, info: ModelInfo) -> None:
         checked_lora(path, info)
 
 
-def _checked(config: ModelConfig, serving: ModelView | None, overlap: bool | Literal["auto"], kept: int | None) -> bool:
-    from llama_worker._fitting import plan_of_serving, require_fit
+def _checked(
+    config: ModelConfig,
+    serving: ModelView | None,
+    overlap: bool | Literal["auto"],
+    kept: int | None,
+    coming: ModelConfig | None,
+) -> bool:
+    from llama_worker._engine.generator import require_consistent
+    from llama_worker._fitting import require_fit
     from llama_worker._memory import plan
     from llama_worker._models import read_info, resolve
 
     info = read_info(resolve(config.model))
     if info.is_embedding and serving is not None and not serving.info.is_embedding:
         raise ModelLoadError(f"{info.name} only embeds, and this worker's callers chat; open another worker for it")
-    _check_settings(config, info)
+    require_consistent(config, info)
+    _check_template(config, info)
     if config.lora_paths:
         check_loras(config, info)
     if overlap == "auto":
         overlap = plan(info, config).fits
-    stays = overlap or kept is None
-    former = None if serving is None or stays else plan_of_serving(serving.info, serving.config)
-    require_fit(info, config, replacing=former, kept=kept or 0)
+    former, states = _given_back(serving, None if overlap else kept, coming)
+    require_fit(info, config, replacing=former, kept=states)
     return overlap
 
 
-def _check_settings(config: ModelConfig, info: ModelInfo) -> None:
-    """Raises ConfigError and ModelLoadError for what no model, or not this one, can be served with."""
-    if config.flash_attn == "off" and config.type_v not in ("f32", "f16", "bf16"):
-        raise ConfigError("type_v", config.type_v, "a quantised V cache needs flash attention, which is off")
+def _given_back(
+    serving: ModelView | None, kept: int | None, coming: ModelConfig | None
+) -> tuple[MemoryPlan | None, int]:
+    """What will be free before the next model is loaded, and the bytes of saved states beside it.
+
+    `kept` None: the model that serves stays, or is free already.
+    """
+    from llama_worker._fitting import plan_of_loading, plan_of_serving
+
+    if coming is not None:
+        return plan_of_loading(coming), 0
+    if serving is None or kept is None:
+        return None, 0
+    return plan_of_serving(serving.info, serving.config, serving.loras.values()), kept
+
+
+def _check_template(config: ModelConfig, info: ModelInfo) -> None:
+    """Raises ConfigError where there is no template, and ModelLoadError for one that does not compile."""
     source = template_source(config.chat_template) or info.chat_template
     try:
         ChatTemplate(source or CHATML, bos_text="", eos_text="")

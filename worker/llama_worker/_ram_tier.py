@@ -63,6 +63,15 @@ class RamTier:
         """Bytes that all entries together may be now."""
         return max(0, self._budget - self._checkpoints.n_bytes)
 
+    @property
+    def own_bytes(self) -> int:
+        """Of `n_bytes` those that no slot holds too: a checkpoint is counted once, and not if one does. Any thread."""
+        entries = self.entries
+        shared = [checkpoint for entry in entries for checkpoint in entry.checkpoints]
+        own = {checkpoint for checkpoint in shared if not checkpoint.holders}
+        n_bytes = sum(entry.n_bytes for entry in entries)
+        return n_bytes - sum(c.state.nbytes for c in shared) + sum(c.state.nbytes for c in own)
+
     def wants(self, tokens: TokenIds, kv: KVIdentity = BASE) -> bool:
         """Whether to save a sequence of `tokens`: it is long, fits, and is not here already."""
         budget, same = self.budget, [entry for entry in self.entries if entry.kv == kv]

@@ -128,5 +128,15 @@ class Service:
         """Whether the worker thread was given up: it may never come back, so nobody may wait for it."""
         return self.calls.abandoned
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was closed or died: it will never serve again. Any thread."""
+        return self.state in ("closed", "dead")
+
+    def check_open(self, why_closed: Callable[[], Exception]) -> None:
+        """Raise what `why_closed` returns when it is over. Any thread."""
+        if self.is_over:
+            raise why_closed()
+
     def is_past(self, deadline: float | None) -> bool:
         return deadline is not None and self.clock() >= deadline

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_worker._config import ModelConfig
 from llama_worker._disk_tier import DiskHits
 from llama_worker._lora_metrics import LoraMetrics
 from llama_worker._metrics import Answered, CacheMetrics, Drafts, Metrics, Work
@@ -88,7 +89,14 @@ def kept_bytes_of(service: Service) -> int | None:
         return None
     cache = loaded.scheduler.cache
     # With a disk they go into the line to it, which is memory too.
-    return cache.checkpoints.n_bytes + cache.tier.n_bytes if loaded.disk is None else 0
+    return cache.checkpoints.n_bytes + cache.tier.own_bytes if loaded.disk is None else 0
+
+
+def coming_of(service: Service) -> ModelConfig | None:
+    """What is being loaded while there is no model, if anything is."""
+    change = service.change  # before a look at `loaded`: a load that has just ended is no longer coming
+    loading = None if change is None else change.loading
+    return loading.config if loading is not None and service.loaded is None else None
 
 
 def lora_metrics_of(service: Service) -> dict[str, LoraMetrics]:

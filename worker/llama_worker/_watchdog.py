@@ -96,7 +96,7 @@ def give_up(service: Service, reason: str) -> None:
     error = WorkerDied(f"{reason}; its thread and its model's memory are lost, open a new LlamaWorker")
     logger.error("the worker died: %s", error)
     try:
-        if service.state not in ("closed", "dead"):  # else it was the freeing of the model that crashed
+        if not service.is_over:  # else it was the freeing of the model that crashed
             dismiss(service, error, "dead")
         change = service.change
         if change is not None and change.loading is not None:

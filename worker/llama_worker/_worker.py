@@ -160,7 +160,7 @@ class LlamaWorker(WorkerRequests, WorkerReports, WorkerChanges):
     @property
     def is_closed(self) -> bool:
         """Whether it was closed or died, or is a forked parent's: it will never serve again, here."""
-        return self._desk.is_inherited or self._service.state in ("closed", "dead")
+        return self._desk.is_inherited or self._service.is_over
 
     @classmethod
     def import_state(cls, state: Mapping[str, Any], *, loader: Loader | None = None) -> LlamaWorker:

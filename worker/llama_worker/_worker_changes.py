@@ -23,7 +23,7 @@ from llama_worker._published import Published
 from llama_worker._reconfiguring import apply as apply_live
 from llama_worker._reconfiguring import changed as reconfigured
 from llama_worker._service import Service
-from llama_worker._snapshots import kept_bytes_of
+from llama_worker._snapshots import coming_of, kept_bytes_of
 
 
 class WorkerChanges:
@@ -109,7 +109,8 @@ class WorkerChanges:
         return command
 
     def _checked(self, wanted: ModelConfig, overlap: bool | Literal["auto"]) -> bool:
-        return check_reload(wanted, self._published.current, overlap, kept_bytes_of(self._service))
+        coming = coming_of(self._service)  # first: what comes meanwhile has bytes to keep
+        return check_reload(wanted, self._published.current, overlap, kept_bytes_of(self._service), coming)
 
     # -- its adapters -------------------------------------------------------------------------------
 
@@ -167,8 +168,7 @@ class WorkerChanges:
         has changed.
         """
         self._desk.check_process()
-        if self._service.state in ("closed", "dead"):
-            raise self._published.why_closed()
+        self._service.check_open(self._published.why_closed)
         self._live_config = reconfigured(self._live_config, changes)
         apply_live(self._live_config, self._service, self._admission)
 

@@ -81,8 +81,7 @@ class WorkerReports:
         Raises ConfigError when no socket can be made there, UnsupportedFeatureError where there are none, WorkerClosed.
         """
         self._desk.check_process()
-        if self._service.state in ("closed", "dead"):
-            raise self._published.why_closed()
+        self._service.check_open(self._published.why_closed)
         service, name = self._service, name_of(self._service, self._published.current)
         exporter = Exporter(lambda: state_of(service, name), path)
         service.ended.add_done_callback(lambda _: exporter.close())

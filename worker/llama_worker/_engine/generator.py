@@ -20,7 +20,7 @@ from llama_worker._engine.rows import RowScan, require_number
 from llama_worker._engine.sampler import LlamaSampler, SamplerFactory, sampling_vocab
 from llama_worker._engine.sequences import Sequences
 from llama_worker._engine.state import fingerprint
-from llama_worker._errors import ModelLoadError
+from llama_worker._errors import ConfigError, ModelLoadError
 from llama_worker._identity import BASE
 
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
@@ -202,6 +202,14 @@ class Generator:
         if self.decode([Span(seq=0, start=self.sequences.end(0), tokens=tokens, output=True)]) != DecodeStatus.OK:
             raise ModelLoadError("the model does not compute: decoding two tokens failed")
         self._outputs.forget()
+
+
+def require_consistent(config: ModelConfig, info: ModelInfo) -> None:
+    """Raise ConfigError for settings with which llama.cpp makes no context for generation, whatever the model."""
+    if not info.is_embedding and config.flash_attn == "off" and config.type_v not in ("f32", "f16", "bf16"):
+        raise ConfigError(
+            "type_v", config.type_v, "a quantised V cache needs flash attention, which is off; use flash_attn='auto'"
+        )
 
 
 def _context_params(api: Any, config: ModelConfig) -> Any:

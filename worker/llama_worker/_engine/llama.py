@@ -31,7 +31,7 @@ from llama_worker._engine.base import (
 )
 from llama_worker._engine.context import AbortSwitch
 from llama_worker._engine.embedding import Embedder, can_embed, check_texts, embedding_limits
-from llama_worker._engine.generator import Generator
+from llama_worker._engine.generator import Generator, require_consistent
 from llama_worker._engine.library import library
 from llama_worker._engine.loras import Loras, most_loras
 from llama_worker._engine.sampler import LlamaSampler
@@ -48,10 +48,11 @@ def load(config: ModelConfig) -> LoadedModel:
     """Load `config.model` on the calling thread, which then owns the engine. Blocks.
 
     Raises ModelLoadError (also ModelNotFoundError, InsufficientMemoryError), EngineVersionError, and
-    ConfigError for what only the installed library can tell.
+    ConfigError for settings that cannot go together and for what only the installed library can tell.
     """
     path = resolve(config.model)
     info = read_info(path)
+    require_consistent(config, info)
     config = fit_to_memory(info, config)
     vocabulary = LlamaVocabulary(path)
     try:

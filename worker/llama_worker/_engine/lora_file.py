@@ -10,7 +10,8 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -53,12 +54,8 @@ class _Unfit(Exception):
 def lora_header(path: str) -> Header:
     """What the header of the adapter at `path` says; milliseconds. Any thread. Raises LoraLoadError."""
     file = existing_lora(path)
-    try:
+    with _told_of(file):
         return read_header(file)
-    except OSError as failed:
-        raise LoraLoadError(file.name, f"it cannot be read: {failed.strerror or failed}") from None
-    except ModelLoadError as refused:
-        raise LoraLoadError(file.name, str(refused)) from None
 
 
 def existing_lora(path: str) -> Path:
@@ -74,24 +71,30 @@ def read_lora(path: Path) -> LoraFile:
 
     Read again only when it has changed. Raises LoraLoadError.
     """
-    try:
+    with _told_of(path):
         stat = path.stat()
         return _read_lora(path, stat.st_mtime_ns, stat.st_size)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the file at `path` is a LoraLoadError that names it."""
+    try:
+        yield
+    except LoraLoadError:
+        raise
     except OSError as failed:
         raise LoraLoadError(path.name, f"it cannot be read: {failed.strerror or failed}") from None
+    except (_Unfit, ModelLoadError) as wrong:
+        raise LoraLoadError(path.name, str(wrong)) from None
 
 
 @functools.lru_cache(maxsize=64)
 def _read_lora(path: Path, _mtime: int, _size: int) -> LoraFile:
-    try:
-        header, layout = read_header(path), read_layout([path])
-        pairs = _pairs(header, layout)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except _Unfit as unfit:
-        raise LoraLoadError(path.name, str(unfit)) from None
-    except ModelLoadError as refused:
-        raise LoraLoadError(path.name, str(refused)) from None
+    header, layout = read_header(path), read_layout([path])
+    pairs = _pairs(header, layout)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     info = LoraInfo(
         path=str(path),
         digest=digest,
@@ -104,13 +107,11 @@ def _read_lora(path: Path, _mtime: int, _size: int) -> LoraFile:
 
 def require_fit(lora: LoraFile, architecture: str, tensors: Mapping[bytes, Tensor]) -> None:
     """Raise LoraLoadError unless the adapter is for a model of `architecture` with these `tensors`."""
-    try:
+    with _told_of(Path(lora.info.path)):
         if lora.architecture != architecture:
             raise _Unfit(f"it is for {lora.architecture} models, this one is {architecture}")
         for name, (a, b) in lora.pairs.items():
             _check_pair(name, a, b, tensors)
-    except _Unfit as unfit:
-        raise LoraLoadError(Path(lora.info.path).name, str(unfit)) from None
 
 
 def _pairs(header: Header, layout: Layout) -> dict[bytes, tuple[Tensor, Tensor]]:
