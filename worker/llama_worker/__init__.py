@@ -2,7 +2,8 @@
 
 The house, from the outside in:
 
-    _worker        LlamaWorker: generate, stream, embed, reload, close and their a-twins
+    _worker        LlamaWorker, from its start to its end. What it can be asked: _worker_requests (generate, stream,
+                   embed), _worker_reports (status, metrics), _worker_changes (reload, adapters), and their a-twins
     _registry      one live worker for each configuration; _handle is an adapter's share in it
     _batch         many prompts in one call; _state a worker as JSON
     _session       explicit control of what is computed once; _manifest says what that is, _session_jobs asks for it
@@ -22,7 +23,8 @@ The house, from the outside in:
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
     _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams
-    _reply         token -> text -> events; _streams is where the caller reads them
+    _reply         token -> text -> events, which wait in _mailboxes; _streams is where the caller reads them, and
+                   _loop_door how the worker reaches an event loop
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back
     _constraint/   tools and schemas as a grammar, and the tokens that it allows next
     _memory        what a model takes of the machine; _fitting makes it fit, by what _free_memory finds

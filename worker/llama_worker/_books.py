@@ -4,7 +4,8 @@ Cells, not tokens, are what the cache is short of: a shared prefix occupies its 
 that llama.cpp does not report, `Checkpoints` that of the bytes.
 
 What is written here is a fact, or is about to be one: what must be done to the engine for it is returned as a KVOp.
-Nothing is chosen here; see `_start` and `_eviction` for that.
+Which checkpoints are taken and which go is chosen here, by what `_checkpoints` says they are worth; nothing else is:
+see `_start` and `_eviction` for that.
 """
 
 from __future__ import annotations

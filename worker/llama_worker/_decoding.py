@@ -130,7 +130,8 @@ def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:
 def _decode_armed(service: Service, loaded: Loaded, batch: Batch) -> DecodeStatus:
     """Decode with the abort flag within reach of whoever cancels one of the batch's requests.
 
-    A model that cannot be trimmed loses every sequence of an aborted batch, so there it takes all of them.
+    A model that cannot be trimmed loses every sequence of an aborted batch, and a recurrent or hybrid one, when there
+    are several in it, every sequence that there is. So there it takes all of the batch.
     """
     engine, parts = loaded.engine, batch.parts
     flag = engine.abort_flag

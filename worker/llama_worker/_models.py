@@ -73,7 +73,8 @@ def resolve(model: str) -> Path:
 def inspect_model(model: str) -> ModelInfo:
     """What the header of `model` says, without loading it. Takes milliseconds; any thread.
 
-    `model` is a path to a GGUF file, or demo://NAME. Raises ModelNotFoundError and ModelLoadError.
+    `model` is a path to a GGUF file, or demo://NAME. Raises ModelNotFoundError, ModelLoadError, and ConfigError for
+    what names no model at all.
     """
     return read_info(resolve(as_model_config(model).model))
 

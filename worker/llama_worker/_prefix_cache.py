@@ -3,7 +3,8 @@
 A Slot is a place: one llama.cpp seq_id and the tokens whose KV it holds. It outlives requests, so prefix
 reuse is the question which slot already holds most of a prompt. The answers stand in `_start`, in the order in which
 they are tried; who makes room, in `_eviction`; how far back a sequence can go, in `_reach`. These decide and change
-nothing. `_books` says who holds what and decides nothing. The PrefixCache asks the former and writes into the latter.
+nothing. `_books` says who holds what and decides only which checkpoints that is worth. The PrefixCache asks the former
+and writes into the latter.
 
 Everything here is bookkeeping. What must be done to the engine is returned as KVOps, in order, and the
 books already say that it was done: a decision changes the state it was decided from, at once.

@@ -83,7 +83,8 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_values_as_text(turns: list[Turn]) -> list[Turn]:
-    """What is no text among the arguments of past calls as JSON text, for templates that write it in Python's way."""
+    """Each argument of past calls that is no text as JSON text, for templates that write each by itself and what is no
+    text in a way of their own (see `ChatFormat.values_as_text`)."""
     return [{**turn, "tool_calls": [_in_json(call) for call in calls(turn)]} if calls(turn) else turn for turn in turns]
 
 
