@@ -70,6 +70,7 @@ _TRIP = {
     "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
     "cheap": {"type": "boolean"},
     "most": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    "seat": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
 }
 PLAN = ToolSpec(
     name="plan_trip",
@@ -85,6 +86,7 @@ TRIP = ToolCall(
         "note": None,
         "cheap": True,
         "most": None,
+        "seat": "12",
     },
 )
 _ASKED = Message(role="user", content="What is the weather like?")
@@ -258,8 +260,9 @@ Written by `python -m tests.chat.template_table`: the {n} templates that llama.c
 * **tools**, **calls**: whether the template renders tools and past calls by itself; otherwise we write them.
 * **renders**: system, user, call, result, answer, user, with two tools: all of it is in the prompt.
 * **one**, **two**: past calls, as rendered, are parsed back; – where a turn has one call at most.
-* **nested**: so is a call with an object, a list, a boolean and nulls. Where a template writes these in a way of its
-  own, a model is held to JSON all the same, and past calls are given to the template so that they are written alike.
+* **nested**: so is a call with an object, a list, a boolean, nulls and a text where a number could be. Where a
+  template writes these in a way of its own, a model is held to JSON all the same, and past calls are given to the
+  template so that they are written alike.
 * **accepts**: the grammar that calls are held to takes the template's own rendering.
 * **rejects**: it does not take a call with a word where a number is due.
 

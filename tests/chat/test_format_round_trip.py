@@ -12,13 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_worker._chat.analysis import format_of
+from llama_worker._chat.calls import write_arguments, write_calls
 from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.marks import whole_prefix
 from llama_worker._chat.parser import OutputParser
 from llama_worker._chat.template import ChatTemplate
+from llama_worker._constraint.grammar import grammar_of
 from llama_worker._events import ToolCallEnded
-from llama_worker._requests import Message, ToolCall, ToolSpec
+from llama_worker._requests import GenerationRequest, Message, ToolCall, ToolSpec
 from tests.chat.templates import shipped_templates
+from tests.constraint.walks import COMPILER, fits
 
 TODAY = date(2026, 1, 31)
 _ASKED = Message(role="user", content="Do it.")
@@ -156,6 +159,46 @@ def test_null_is_told_from_its_word_where_that_is_written(name: str, value: str 
     tool = ToolSpec(name="f", parameters={"type": "object", "properties": {"note": kind}})
     call = ToolCall(id="call00001", name="f", arguments={"note": value})
     assert read_back(template, [tool], [call]) == [("f", {"note": value})]
+
+
+_EITHER: dict[str, Any] = {
+    "id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    "any": {},
+    "kind": {"enum": ["a", "b", 1, None]},
+    "note": {"type": ["string", "null", "array"]},
+}
+
+
+@pytest.mark.parametrize("name", [*WITH_TAGS, *IN_PYTHONS_WAY, "MiniMax-M3"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"id": "a1", "any": 'a "b"\nc', "kind": "b", "note": "x"},
+        {"id": "7", "any": "null", "kind": "a", "note": "null"},
+        {"id": "", "any": "[1]", "kind": "a", "note": '"'},
+        {"id": 7, "any": None, "kind": 1, "note": None},
+        {"id": -7, "any": {"a": ["b"]}, "kind": None, "note": ["x"]},
+    ],
+)
+def test_what_may_be_a_string_or_not_is_rendered_as_the_model_is_held_to_write_it(
+    name: str, given: dict[str, Any]
+) -> None:
+    template = shipped_templates()[name]
+    format = format_of(template)
+    tool = ToolSpec(
+        name="look_up", description="a tool", parameters={"type": "object", "properties": _EITHER, "required": ["id"]}
+    )
+    call = ToolCall(id="call00001", name="look_up", arguments=given)
+    assert read_back(template, [tool], [call]) == [("look_up", given)]
+    said = Message(role="assistant", content="", tool_calls=(call,))
+    text = template.lay_out([_ASKED, said], tools=[tool], format=format, today=TODAY).text
+    assert format.calls is not None
+    asked = GenerationRequest(messages=(_ASKED,), tools=(tool,), tool_choice="required")
+    grammar = grammar_of(asked, format, in_reasoning=False)
+    assert grammar is not None
+    written = write_calls(format.calls, [call], [tool])
+    assert write_arguments(format.calls, given, tool) in text
+    assert fits(COMPILER.constraint(grammar), written.rstrip("\n"))
 
 
 @pytest.mark.parametrize("name", IN_PYTHONS_WAY)

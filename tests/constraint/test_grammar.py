@@ -24,6 +24,7 @@ from llama_worker._constraint.matcher import Constraint
 from llama_worker._events import InvalidToolCall, ReasoningDelta, ReplyEvent, TextDelta, ToolCallEnded
 from llama_worker._requests import ToolCall
 from llama_worker.testing._tokenizer import IM_END
+from tests.chat.formats import SYNTAXES
 from tests.chat.templates import shipped_templates
 from tests.constraint.walks import (
     PLAIN,
@@ -503,6 +504,35 @@ def test_a_grammar_grows_with_its_tools_and_no_faster(name: str) -> None:
         return weight_of(grammar)
 
     assert weight(128) < 4.1 * weight(32)
+
+
+_EITHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
+    "types": ({"type": ["integer", "string"]}, ["a", "", 1], [1.5, [], None]),
+    "oneOf": ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, ["a", 1], [1.5, None]),
+    "patterns": (
+        {"anyOf": [{"type": "string", "pattern": "^a+$"}, {"enum": ["x", "y"]}, {"type": "integer"}, {"type": "null"}]},
+        ["aa", "x", 1, None],
+        ["b", 1.5, True],
+    ),
+    "enum": ({"enum": ["a", 1, None]}, ["a", 1, None], ["b", 2]),
+    "untyped": ({"title": "x"}, ["a", 1, None, {"a": [1]}], []),
+}
+
+
+@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize("kinds", _EITHER)
+@pytest.mark.parametrize("name", ["deepseek-tags", "typed", "gemma", "qwen-coder", "key-again", "json-strings"])
+def test_what_may_be_a_string_or_not_is_held_to_its_schema_either_way(
+    name: str, kinds: str, strict: bool | None
+) -> None:
+    schema, right, wrong = _EITHER[kinds]
+    parameters = {"type": "object", "properties": {"p": schema}, "required": ["p"], "additionalProperties": False}
+    tool = ToolSpec(name="t", parameters=parameters, strict=strict)
+    format, syntax = ChatFormat(digest=name, origin="data", calls=SYNTAXES[name]), SYNTAXES[name]
+    for value in (*right, *wrong):
+        text = write_calls(syntax, [ToolCall(id="call00001", name="t", arguments={"p": value})], [tool])
+        asked = request(tools=(tool,), tool_choice="required")
+        assert fits(constraint(asked, format), text) == any(value is one for one in right), (value, text)
 
 
 @EVERY

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any, TypeAlias
 
 from llama_worker._chat.parameters import types_of
-from llama_worker._chat.turns import Tool, Turn, calls, with_arguments_as_text, with_values_as_text
+from llama_worker._chat.turns import Tool, Turn, calls, with_arguments_as_text
 from llama_worker._chat.wording import Wording
 
 _ID_SIZE = 9
@@ -106,24 +106,35 @@ def text_arguments(chat: Chat, wording: Wording) -> Chat:
 
 
 def text_values(chat: Chat, wording: Wording) -> Chat:
-    return replace(chat, turns=with_values_as_text(chat.turns))
+    """Each argument of past calls that the model is not held to write as a bare text is its JSON text."""
+    return _with_arguments(chat, wording.values)
+
+
+def text_strings(chat: Chat, wording: Wording) -> Chat:
+    """As `text_values`, but what is no string stays as it is."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        values = wording.values(call)
+        return {key: values[key] if isinstance(v, str) else v for key, v in call["function"]["arguments"].items()}
+
+    return _with_arguments(chat, written)
 
 
 def written_arguments(chat: Chat, wording: Wording) -> Chat:
     """The arguments of past calls are the text that the model is held to write for them."""
-    return replace(chat, turns=[_with_written_arguments(turn, wording) for turn in chat.turns])
+    return _with_arguments(chat, wording.arguments)
 
 
-def _with_written_arguments(turn: Turn, wording: Wording) -> Turn:
-    if not calls(turn):
-        return turn
-    written = [
-        {**call, "function": {**call["function"], "arguments": wording.arguments(call)}}
-        if isinstance(call["function"]["arguments"], dict)
-        else call
-        for call in calls(turn)
-    ]
-    return {**turn, "tool_calls": written}
+def _with_arguments(chat: Chat, write: Callable[[dict[str, Any]], Any]) -> Chat:
+    """What `write` makes of a call stands for its arguments, where these are no text yet."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(call["function"]["arguments"], dict):
+            return call
+        return {**call, "function": {**call["function"], "arguments": write(call)}}
+
+    turns = [{**turn, "tool_calls": [*map(written, calls(turn))]} if calls(turn) else turn for turn in chat.turns]
+    return replace(chat, turns=turns)
 
 
 def short_ids(chat: Chat, wording: Wording) -> Chat:

@@ -75,12 +75,6 @@ def _replayed(probe: Probe, calls: CallSyntax | None) -> Literal["plain", "value
     if wanted in probe.replayed(NESTED):
         return "plain"
     as_text = {key: json.dumps(value) for key, value in NESTED.items()}
-    if _is_bare(calls.arguments) and wanted in probe.replayed(as_text):
+    if calls.arguments.is_bare and wanted in probe.replayed(as_text):
         return "values"
     return "written" if wanted in probe.replayed(wanted) else "plain"
-
-
-def _is_bare(tags: Tagged) -> bool:
-    """Whether strings stand as they are, between the same as all other values."""
-    alike = (tags.string_open, tags.string_close) == (tags.value_open, tags.value_close)
-    return alike and not tags.json_strings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llama_worker._chat.format import Tagged
 from llama_worker._chat.json_text import ValueScanner, escaped, unescaped
 from llama_worker._chat.literals import Literal, read_literal, which_comes
-from llama_worker._chat.parameters import nullable_parameters, text_parameters
+from llama_worker._chat.parameters import mixed_parameters, nullable_parameters, text_parameters
 from llama_worker._chat.source import MalformedError, Reading, Source
 from llama_worker._chat.words import WordEnd, read_word
 from llama_worker._requests import ToolSpec
@@ -96,7 +96,7 @@ class ArgumentLine:
 class TaggedReader:
     """Reads arguments of which each is written by itself. `after`: what stands behind the last one, if anything."""
 
-    __slots__ = ("_after", "_line", "_nullable", "_source", "_tell", "_texts", "_tool")
+    __slots__ = ("_after", "_line", "_mixed", "_nullable", "_source", "_tell", "_texts", "_tool")
 
     def __init__(self, source: Source, tell: Tell, line: ArgumentLine, after: Literal | None, tool: ToolSpec | None):
         self._source = source
@@ -105,6 +105,7 @@ class TaggedReader:
         self._after = after
         self._tool = tool
         self._texts = text_parameters(tool) if tool else frozenset[str]()
+        self._mixed = mixed_parameters(tool) if tool else frozenset[str]()
         self._nullable = nullable_parameters(tool) if tool else frozenset[str]()
 
     def read(self) -> Reading[None]:
@@ -147,11 +148,11 @@ class TaggedReader:
         return frozenset(properties) if isinstance(properties, dict) else frozenset()
 
     def _is_text(self, key: str) -> Reading[bool]:
-        """By the tool's schema; where that allows null beside it, or does not know the key, by how it is written."""
+        """By the tool's schema; where that allows more than it, or does not know the key, by how it is written."""
         line = self._line
         if line.json_strings:
             return False
-        if (line.opens_alike or key not in self._nullable) and (key in self._texts or key in self._keys):
+        if (line.opens_alike or key not in self._mixed) and (key in self._texts or key in self._keys):
             return key in self._texts
         if line.opens_alike:
             return self._tool is None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_worker._chat.format import CallSyntax, Part, Slot, Tagged
-from llama_worker._chat.parameters import json_type, nullable_parameters, text_parameters
+from llama_worker._chat.parameters import json_type, mixed_parameters, nullable_parameters, text_parameters
 from llama_worker._requests import ToolCall, ToolSpec
 
 _NO_ID = re.compile(r"[^A-Za-z0-9_.:-]")
@@ -37,6 +37,17 @@ def write_arguments(syntax: CallSyntax, arguments: dict[str, Any], tool: ToolSpe
     if syntax.arguments == "json":
         return text
     return _inner(text) if string_is_open(syntax) else _json(text)
+
+
+def write_values(syntax: CallSyntax, arguments: dict[str, Any], tool: ToolSpec | None) -> dict[str, str]:
+    """Each argument by itself, as it stands in a call. Strings stay as they are where not the syntax says else."""
+    tags = syntax.arguments
+
+    def written(key: str, value: object) -> str:
+        told = isinstance(tags, Tagged) and not tags.json_strings and not _is_text(tags, key, value, tool)
+        return value if isinstance(value, str) and not told else _json(value)
+
+    return {key: written(key, value) for key, value in arguments.items()}
 
 
 def name_in(syntax: CallSyntax, name: str) -> str:
@@ -95,7 +106,7 @@ def _is_text(syntax: Tagged, key: str, value: object, tool: ToolSpec | None) -> 
         return isinstance(value, str) and (tool is None or not syntax.opens_alike)
     if value is None:
         return syntax.opens_alike and key in nullable_parameters(tool)
-    return key in text_parameters(tool)
+    return key in (text_parameters(tool) if syntax.opens_alike else text_parameters(tool) | mixed_parameters(tool))
 
 
 def _argument(syntax: Tagged, key: str, value: object, *, is_text: bool) -> str:

@@ -40,13 +40,16 @@ class Tagged:
         key_open  KEY  string_open  VALUE  string_close          where the tool's schema says that it is a string
         key_open  KEY  value_open  JSON VALUE  value_close       otherwise
 
+    Where the schema says that it may be a string or something else, what opens it tells which it is; where strings
+    and values open alike, it is JSON.
+
     `between` stands between two arguments. A string is written as it is, so it cannot contain `string_close`.
     `key_again`: with both closing texts the key stands once more, followed by this text: `</` KEY `>` is a
     `string_close` of `</` and a `key_again` of `>`. `type_close`: before a JSON value its JSON type is named
     (number, boolean, object, array or null) and followed by this text: value_open TYPE type_close VALUE.
     `json_strings`: strings are JSON values like all others; string_open and string_close then count for nothing.
-    A string that may be null: null is written as the JSON value that it is; where strings and values open alike,
-    the bare text `null` is null.
+    A string that may be null, and nothing else: where strings and values open alike, it is a string, and the bare
+    text `null` is null.
     """
 
     key_open: str
@@ -63,6 +66,11 @@ class Tagged:
     def opens_alike(self) -> bool:
         """A string and a value cannot be told apart by what opens them."""
         return self.string_open == self.value_open
+
+    @property
+    def is_bare(self) -> bool:
+        """Strings stand as they are, between the same as all other values."""
+        return self.opens_alike and self.string_close == self.value_close and not self.json_strings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,8 @@ def text_parameters(tool: ToolSpec) -> frozenset[str]:
     """The parameters that can be nothing but a string, or null.
 
     $ref, anyOf, oneOf, allOf, enum and const are looked through. A parameter that may also be a number, or
-    anything, is none of them: as JSON all that it may be can be written.
+    anything, is none of them: as JSON all that it may be can be written. Where texts and values open differently, its
+    strings are written as texts all the same (`mixed_parameters`).
     """
     return frozenset(name for name, types in _typed(tool) if "string" in types and types <= {"string", "null"})
 
@@ -27,6 +28,11 @@ def text_parameters(tool: ToolSpec) -> frozenset[str]:
 def nullable_parameters(tool: ToolSpec) -> frozenset[str]:
     """Those of `text_parameters` that may be null."""
     return frozenset(name for name, types in _typed(tool) if types == {"string", "null"})
+
+
+def mixed_parameters(tool: ToolSpec) -> frozenset[str]:
+    """The parameters that can be a string, and null or anything else too."""
+    return frozenset(name for name, types in _typed(tool) if types > {"string"})
 
 
 def parameter_types(tool: ToolSpec) -> dict[str, frozenset[str]]:

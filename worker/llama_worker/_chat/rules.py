@@ -23,10 +23,11 @@ from llama_worker._chat.adaptations import (
     text_arguments,
     text_before_calls,
     text_into_answer,
+    text_strings,
     text_values,
     written_arguments,
 )
-from llama_worker._chat.format import ChatFormat
+from llama_worker._chat.format import ChatFormat, Tagged
 from llama_worker._chat.turns import Turn, calls
 from llama_worker._chat.wording import Wording
 
@@ -161,6 +162,13 @@ _TEXT_ARGUMENTS = Rule(
 _TEXT_VALUES = Rule(
     "in the arguments of calls, what is no text is given as JSON text", text_values, weight=2, needs="calls"
 )
+_TEXT_STRINGS = Rule(
+    "in the arguments of calls, strings where other values may be are given as JSON text",
+    text_strings,
+    weight=1,
+    needs="calls",
+    searched=False,
+)
 _WRITTEN_ARGUMENTS = Rule(
     "the arguments of calls are given as the text that the model writes",
     written_arguments,
@@ -187,6 +195,7 @@ RULES = (
     Rule("parameters that are objects say that they may have any others", open_objects, weight=1, needs="tools"),
     _TEXT_ARGUMENTS,
     _TEXT_VALUES,
+    _TEXT_STRINGS,
     _WRITTEN_ARGUMENTS,
     Rule("the ids of calls are rewritten as nine letters and digits", short_ids, weight=1, needs="calls tool"),
     Rule(
@@ -224,6 +233,12 @@ RULES = (
 )
 
 
+def _strings_are_bare(format: ChatFormat) -> bool:
+    """Whether the template writes strings among the arguments as they are, and all else as JSON."""
+    tags = format.calls.arguments if format.calls else None
+    return isinstance(tags, Tagged) and tags.is_bare and not (format.values_as_text or format.arguments_as_written)
+
+
 def known_rules(format: ChatFormat | None) -> Plan:
     """What is known to be needed before anything was tried."""
     if format is None:
@@ -232,6 +247,7 @@ def known_rules(format: ChatFormat | None) -> Plan:
         _DESCRIBE: not format.takes_tools,
         _TEXT_ARGUMENTS: format.arguments_as_text and format.takes_calls,
         _TEXT_VALUES: format.values_as_text and format.takes_calls,
+        _TEXT_STRINGS: _strings_are_bare(format) and format.takes_calls,
         _WRITTEN_ARGUMENTS: format.arguments_as_written and format.takes_calls,
         _ONE_CALL: format.takes_calls and format.calls is not None and format.calls.separator is None,
         _CALLS_IN_TEXT: not format.takes_calls,

@@ -82,20 +82,6 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
-def with_values_as_text(turns: list[Turn]) -> list[Turn]:
-    """Each argument of past calls that is no text as JSON text, for templates that write each by itself and what is no
-    text in a way of their own (see `ChatFormat.values_as_text`)."""
-    return [{**turn, "tool_calls": [_in_json(call) for call in calls(turn)]} if calls(turn) else turn for turn in turns]
-
-
-def _in_json(call: dict[str, Any]) -> dict[str, Any]:
-    given = call["function"]["arguments"]
-    if not isinstance(given, dict):
-        return call
-    written = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in given.items()}
-    return {**call, "function": {**call["function"], "arguments": written}}
-
-
 def calls(turn: Turn) -> list[dict[str, Any]]:
     """The calls of a turn, perhaps none."""
     found: list[dict[str, Any]] = turn.get("tool_calls") or []

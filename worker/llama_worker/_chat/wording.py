@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_worker._chat.calls import write_arguments, write_calls
+from llama_worker._chat.calls import write_arguments, write_calls, write_values
 from llama_worker._chat.format import ChatFormat
 from llama_worker._chat.generic import GENERIC_CALLS, describe_tools
 from llama_worker._requests import ToolCall, ToolSpec
@@ -15,11 +15,13 @@ from llama_worker._requests import ToolCall, ToolSpec
 @dataclass(frozen=True, slots=True)
 class Wording:
     """`tools`: the tools as a part of the system message. `calls`: the calls of a turn (in OpenAI's form) as text.
-    `arguments`: those of one call, as they stand in it. `result`: the result of a call as the message of a user."""
+    `arguments`: those of one call, as they stand in it; `values`: each of them by itself. `result`: the result of a
+    call as the message of a user."""
 
     tools: str
     calls: Callable[[list[dict[str, Any]]], str]
     arguments: Callable[[dict[str, Any]], str]
+    values: Callable[[dict[str, Any]], dict[str, str]]
     result: Callable[[str], str]
 
 
@@ -36,7 +38,17 @@ def wording_of(format: ChatFormat | None, tools: Sequence[ToolSpec]) -> Wording:
         made = ToolCall.model_validate(call)
         return write_arguments(syntax, made.arguments, known.get(made.name))
 
-    return Wording(tools=describe_tools(tools, syntax), calls=calls_text, arguments=arguments_text, result=_result_text)
+    def values_text(call: dict[str, Any]) -> dict[str, str]:
+        made = ToolCall.model_validate(call)
+        return write_values(syntax, made.arguments, known.get(made.name))
+
+    return Wording(
+        tools=describe_tools(tools, syntax),
+        calls=calls_text,
+        arguments=arguments_text,
+        values=values_text,
+        result=_result_text,
+    )
 
 
 def _result_text(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from llama_worker._chat.format import Tagged
-from llama_worker._chat.parameters import nullable_parameters, parameter_types, text_parameters
+from llama_worker._chat.parameters import mixed_parameters, nullable_parameters, parameter_types, text_parameters
 from llama_worker._constraint.formats import LOOKAHEADS, PATTERNS, ecma
 from llama_worker._constraint.references import Document
 from llama_worker._constraint.rules import Json, Many, Maybe, Node, Plain, Ref, Row, Schema, Span, Text, either, row
@@ -33,6 +33,7 @@ class TaggedArguments:
     schemas: list[tuple[str, Schema]] = field(default_factory=list)
     _texts: frozenset[str] = frozenset()
     _nullable: frozenset[str] = frozenset()
+    _mixed: frozenset[str] = frozenset()
 
     def node(self) -> Node:
         """The arguments. Fills `rules` and `schemas`. Raises InvalidRequestError."""
@@ -43,6 +44,7 @@ class TaggedArguments:
         if not isinstance(properties, dict):
             return self._anything(schema)
         self._texts, self._nullable = text_parameters(self.tool), nullable_parameters(self.tool)
+        self._mixed = mixed_parameters(self.tool)
         required = set(schema.get("required") or ())
         if never := sorted(required - properties.keys()):
             raise self._undeclared(never[0])
@@ -71,11 +73,12 @@ class TaggedArguments:
         syntax = self.syntax
         if not key or key != key.strip():
             raise InvalidRequestError(self.where, key, "this model's format cannot write a parameter of that name")
-        if key in self._texts and not syntax.json_strings:
-            forms = [(syntax.string_open, self._rule(self._string(key, schema)))]
-            values = self._values(key, {"type": "null"}) if self._null_apart(key) else ()
+        kinds, apart = self._types(key, schema), self._told_apart(key)
+        if not syntax.json_strings and (key in self._texts or apart):
+            forms = [(syntax.string_open, self._rule(self._strings(key, schema)))]
+            values = self._values(key, schema, kinds - {"string"}) if apart else ()
         else:
-            forms, values = [], self._values(key, schema)
+            forms, values = [], self._values(key, schema, kinds)
         forms += [(syntax.value_open + kind, self._rule(value)) for kind, value in values]
 
         def written(before: str) -> Node:
@@ -84,45 +87,57 @@ class TaggedArguments:
 
         return written
 
-    def _null_apart(self, key: str) -> bool:
-        """A string that may be null, which is then written as a value."""
-        return key in self._nullable and not self.syntax.opens_alike
+    def _told_apart(self, key: str) -> bool:
+        """It may be a string or something else, and what opens it says which."""
+        return key in self._mixed and not self.syntax.opens_alike
 
-    def _values(self, key: str, schema: Any) -> Iterator[tuple[str, Node]]:
-        """What names the type, if anything does, and a JSON value of it with what closes it."""
+    def _values(self, key: str, schema: Any, kinds: frozenset[str]) -> Iterator[tuple[str, Node]]:
+        """What names the type, if anything does, and a JSON value of it with what closes it; of these types only."""
         syntax = self.syntax
         close = (
             (Text(syntax.value_close),)
             if syntax.key_again is None
             else (Text(syntax.value_close), Plain(key), Text(syntax.key_again))
         )
-        if syntax.type_close is None:
-            yield "", row(self._json(key, schema), *close)
-            return
-        seen = {**self.tool.parameters, "properties": {key: schema}}  # it may be declared behind a reference
-        kinds = sorted(parameter_types(self.tool.model_copy(update={"parameters": seen}))[key])
-        for kind in kinds:
-            part = schema if len(kinds) == 1 else self._of_kind(schema, kind)
-            yield kind + syntax.type_close, row(self._json(key, part), *close)
+        every = self._types(key, schema)
+        for some in [kinds] if syntax.type_close is None else [frozenset({kind}) for kind in sorted(kinds)]:
+            part = schema if some == every else self._of_kinds(schema, sorted(some))
+            named = "" if syntax.type_close is None else min(some) + syntax.type_close
+            yield named, row(self._json(key, part), *close)
 
-    def _of_kind(self, schema: Any, kind: str) -> dict[str, Any]:
-        """Those values of `schema` that are of the type `kind`."""
+    def _types(self, key: str, schema: Any) -> frozenset[str]:
+        seen = {**self.tool.parameters, "properties": {key: schema}}  # it may be declared behind a reference
+        return parameter_types(self.tool.model_copy(update={"parameters": seen}))[key]
+
+    def _of_kinds(self, schema: Any, kinds: list[str]) -> dict[str, Any]:
+        """Those values of `schema` that are of one of these types."""
+        if kinds == ["null"]:
+            return {"type": "null"}
         plain = schema
         for _ in range(8):
             if isinstance(plain, dict) and plain.keys() == {"$ref"}:
                 plain = self.document.pointed(plain["$ref"])
         plain = {} if plain is True else plain
-        told = plain.get("type", kind) if isinstance(plain, dict) else ()
+        told = plain.get("type", kinds) if isinstance(plain, dict) else ()
+        some = [one for one in (told if isinstance(told, list) else [told]) if one in (*kinds, *_also(kinds))]
         simple = isinstance(plain, dict) and not plain.keys() & {"const", "enum", "$ref", "allOf", "anyOf", "oneOf"}
-        if simple and (told == kind or (isinstance(told, list) and kind in told)):
-            return {**plain, "type": kind}
-        return {"allOf": [schema, {"type": kind}]}
+        if simple and some:
+            return {**plain, "type": some[0] if len(some) == 1 else some}
+        return {"allOf": [schema, {"type": kinds[0] if len(kinds) == 1 else kinds}]}
 
     def _json(self, key: str, schema: Any) -> Node:
         name = f"{self.name}_s{len(self.schemas)}"
         read = read_schema(schema, f"{self.where}.{key}", strict=bool(self.tool.strict), root=self.document)
         self.schemas.append((name, read))
         return Json(name)
+
+    def _strings(self, key: str, schema: Any) -> Node:
+        """As `_string`; of several schemas, those that may be a string."""
+        plain = self.document.resolved(schema)
+        several = next((plain[way] for way in ("anyOf", "oneOf") if isinstance(plain.get(way), list)), None)
+        if not several or not self._told_apart(key):
+            return self._string(key, schema)
+        return either(*(self._string(key, one) for one in several if "string" in self._types(key, one)))
 
     def _string(self, key: str, schema: Any) -> Node:
         """A string as it is, with what closes it."""
@@ -131,7 +146,7 @@ class TaggedArguments:
         plain = self.document.resolved(schema)
         values = [plain["const"]] if "const" in plain else plain.get("enum")
         if isinstance(values, list):
-            apart = self._null_apart(key)
+            apart = self._told_apart(key)
             texts = ["null" if value is None and not apart else value for value in values]
             texts = [text for text in texts if isinstance(text, str) and close not in text]
             if not texts:
@@ -141,7 +156,7 @@ class TaggedArguments:
         if more and self.tool.strict:
             raise self._not_whole(f"{key}: {more}")
         text = Span(close=close, patterns=patterns, without=(close,) if patterns else ())
-        if not patterns or key not in self._nullable or self._null_apart(key):
+        if not patterns or key not in self._nullable or self._told_apart(key):
             return text
         return either(text, row(Plain("null"), Text(close)))
 
@@ -166,6 +181,10 @@ class TaggedArguments:
         one = row(Text(syntax.key_open), key, self._json("additionalProperties", others), Text(syntax.value_close))
         more = Many(row(Text(syntax.between), one) if syntax.between else one)
         return Maybe(row(one, more))
+
+
+def _also(kinds: list[str]) -> tuple[str, ...]:
+    return ("integer",) if "number" in kinds else ()
 
 
 def _patterns(schema: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
