@@ -8,6 +8,9 @@ already, decodes the new tokens and samples one. The two take turns; ratios are 
 as frameworks do: all messages again, the reply as text; once as it was, and once in another form, so that
 everything after the question that it answers is new. New tokens are those that the two prompts do not have in
 common: what a model that cannot cut its state back decodes besides counts against us.
+
+The session is alone in the cache, and it is beside another of the same length, in both engines: attention steps over
+the cells of others, which takes time.
 """
 
 from __future__ import annotations
@@ -58,37 +61,43 @@ KINDS: Final = (
 
 
 class Bare:
-    """The engine alone: one sequence."""
+    """The engine without a worker: a session in sequence 0, and the former one in the other sequence, if there is."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._former: TokenIds | None = None
 
     def hold(self, tokens: TokenIds) -> None:
-        """Have `tokens` decoded, all but none of them timed."""
-        self._engine.seq_clear(0)
-        self._decode(tokens, 0, output=False)
+        """Have `tokens` decoded, untimed."""
+        for seq in range(self._engine.limits.n_seq):
+            self._engine.seq_clear(seq)
+        if self._former is not None and self._engine.limits.n_seq > 1:
+            self._decode(self._former, 0, seq=1)
+        self._decode(tokens, 0)
+        self._former = tokens
 
     def seconds(self, tokens: TokenIds, start: int) -> float:
         """Decode `tokens` behind `start` others and sample one."""
         sampler = self._engine.new_sampler(SamplingParams(**GREEDY), tokens)
         begun = time.perf_counter()
-        row = self._decode(tokens, start, output=True)
+        row = self._decode(tokens, start, says=True)
         self._engine.sample(row, sampler)
         took = time.perf_counter() - begun
         sampler.close()
         return took
 
-    def _decode(self, tokens: TokenIds, start: int, *, output: bool) -> int:
+    def _decode(self, tokens: TokenIds, start: int, *, seq: int = 0, says: bool = False) -> int:
         rows = self._engine.limits.n_ubatch
         for at in range(0, len(tokens), rows):
             part = tokens[at : at + rows]
             last = at + rows >= len(tokens)
-            self._engine.decode([Span(0, start + at, part, output and last)])
+            self._engine.decode([Span(seq, start + at, part, says and last)])
         return len(part) - 1
 
 
-def measure(kind: Kind, path: Path, *, n_rounds: int, n_history: int, threads: int) -> list[Found]:
-    config = ModelConfig(model=str(path), n_ctx=8192, n_parallel=4, n_threads=threads, **kind.settings)
+def measure(kind: Kind, path: Path, n_sessions: int, *, n_rounds: int, n_history: int, threads: int) -> list[Found]:
+    sizes = {"n_ctx": 8192, "n_kv_cells": 8192 * n_sessions, "n_parallel": n_sessions}
+    config = ModelConfig(model=str(path), n_threads=threads, **sizes, **kind.settings)
     bare = Bare(load(config).engine)
     ratios: dict[str, list[float]] = {"as it was": [], "in another form": []}
     decoded = []
@@ -99,7 +108,7 @@ def measure(kind: Kind, path: Path, *, n_rounds: int, n_history: int, threads: i
                 if number:  # the first warms up
                     ratios[form].append(ours / bound)
                     decoded.append(n_new)
-    text = f"{kind.name}: reply sent back "
+    text = f"{kind.name}, {'alone' if n_sessions == 1 else 'beside another'}: reply sent back "
     new = f" ({median(decoded):.0f} new tokens)"
     return [Found(text=text + form + new, value=median(of), at_most=MOST, unit="×") for form, of in ratios.items()]
 
@@ -149,7 +158,7 @@ def _first_turn(worker: LlamaWorker, n_history: int, seed: int) -> list[Any]:
 def main() -> int:
     """1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.second_turn", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--history", type=int, default=4000, help="tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help=f"one of: {', '.join(kind.name for kind in KINDS)}")
@@ -158,8 +167,9 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         for number, kind in enumerate(kind for kind in KINDS if given.only in kind.name):
             path = kind.make(Path(folder) / f"{number}.gguf")
-            found = measure(kind, path, n_rounds=given.rounds, n_history=given.history, threads=given.threads)
-            status |= report(found)
+            for n_sessions in (1, 2):
+                sizes = {"n_rounds": given.rounds, "n_history": given.history, "threads": given.threads}
+                status |= report(measure(kind, path, n_sessions, **sizes))
     return status
 
 

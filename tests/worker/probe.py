@@ -29,7 +29,8 @@ Mistake: TypeAlias = Literal[
 
 
 class Probe:
-    """Wraps an Engine; `logits_of` keeps, for each sampler, the logits that each token was sampled from.
+    """Wraps an Engine; `logits_of` keeps, for each sampler, the logits that each token was sampled from, and `rows`
+    how many rows each decode had.
 
     `mistake` makes it err by one: it samples from a neighbour's row, decodes the second span of a
     prompt (or the first after an abort, or a restored state) one token late, or changes adapters one decode late.
@@ -42,6 +43,7 @@ class Probe:
         self.chosen: dict[int, list[int]] = {}
         self.samplers: list[Sampler] = []
         self.prompts: list[TokenIds] = []
+        self.rows: list[int] = []
         self.abort_next = False
         self.n_aborted = 0
         self.n_restored = 0
@@ -55,6 +57,7 @@ class Probe:
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
         self.most_outputs = max(self.most_outputs, sum(span.output for span in spans))
+        self.rows.append(sum(len(span.tokens) for span in spans))
         if self.abort_next:
             self.abort_next = False
             self.inner.abort_flag.raise_()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from llama_worker import Message
+from llama_worker._checkpoints import WORTH_KEEPING
 from llama_worker._engine.llama import load
 from llama_worker._prefix_cache import PrefixCache
 from llama_worker._tokens import TokenIds, common_prefix
@@ -144,6 +145,18 @@ def test_the_next_turn_again_and_again(checkpointed: str, opened):
         assert run.prefilled - before < 160, question
         assert sink.terminal.usage.cached_tokens > SHORT
     assert run.cache.checkpoints.counts.hits == 4
+
+
+def test_a_next_turn_is_decoded_in_one_piece_and_its_last_token(checkpointed: str, opened):
+    """Although the reply ends at a place for a checkpoint: so few rows by themselves take longer than with others."""
+    run = opened(checkpointed)
+    first = run.answer(first_turn())
+    rows = run.probes[-1].rows
+    n_before = len(rows)
+    run.answer(second_turn(first.text, "and what of it? " * 16), n=1)
+    many, last = rows[n_before:]
+    assert many >= WORTH_KEEPING
+    assert last == 1
 
 
 @pytest.mark.parametrize("mistake", [None, "shifted after restore"])

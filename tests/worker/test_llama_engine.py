@@ -72,6 +72,11 @@ def prefill(engine: LlamaEngine, tokens: TokenIds, seq: int = 0) -> Floats:
     return engine.logits(len(tokens) - 1).copy()
 
 
+def fill(engine: LlamaEngine, seq: int, tokens: TokenIds) -> Floats:
+    """The logits after `tokens`, decoded 60 at a time."""
+    return [prefill(engine, tokens[at : at + 60], seq) for at in range(0, len(tokens), 60)][-1]
+
+
 def greedy(engine: LlamaEngine, n: int, seq: int, logits: Floats) -> list[int]:
     """The next `n` likeliest tokens, the last of them not decoded."""
     tokens = [int(logits.argmax())]
@@ -250,6 +255,42 @@ def test_a_full_window_trims_anywhere(tiny_swa: Path):
     prefill(engine, numbers(300))
     assert engine.seq_trim(0, 100)
     close_to(prefill(engine, numbers(200)[100:]), expected)
+    engine.close()
+
+
+def test_a_full_window_keeps_what_others_could_take(tiny_swa: Path):
+    """llama.cpp looks for room behind what was cut off, and there takes the cells that a window has left behind it."""
+    engine = loaded(tiny_swa, n_ctx=1024, n_batch=64, n_ubatch=64).engine
+    assert isinstance(engine, LlamaEngine)
+    long = numbers(240)
+    expected = fill(engine, 1, long[:120])
+    engine.seq_clear(1)
+    fill(engine, 0, long)
+    fill(engine, 1, long)
+    assert engine.seq_trim(0, 120)
+    fill(engine, 0, numbers(240))
+    engine.seq_share(1, 2, 100)
+    close_to(prefill(engine, long[100:120], 2), expected)
+    assert engine.seq_trim(1, 100)
+    close_to(prefill(engine, long[100:120], 1), expected)
+    engine.close()
+
+
+def test_a_full_window_keeps_what_it_decoded_since_it_was_restored(tiny_swa: Path):
+    engine = loaded(tiny_swa, n_ctx=1024, n_batch=64, n_ubatch=64).engine
+    assert isinstance(engine, LlamaEngine)
+    long = numbers(240)
+    expected = fill(engine, 1, long)
+    assert engine.seq_trim(1, 120)
+    state = engine.seq_save(1)
+    engine.seq_clear(1)
+    fill(engine, 0, long)
+    engine.seq_restore(1, state, 120)
+    fill(engine, 1, np.append(long[120:], long[:60]))
+    assert engine.seq_trim(0, 120)
+    fill(engine, 0, numbers(240))
+    assert engine.seq_trim(1, 121)
+    close_to(fill(engine, 1, long[121:]), expected)
     engine.close()
 
 

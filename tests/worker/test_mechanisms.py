@@ -88,7 +88,8 @@ def check_used(story: Story, kind: str, on: Mechanisms) -> None:
     ("kind", "on"), [(k, on) for k in MODELS for on in COMBINATIONS if on.matter_to(k) or on == NONE]
 )
 def test_answers_are_those_of_a_fresh_engine(kind: str, on: Mechanisms, told):
-    score = told(kind, on)
+    # A window cannot be cut once it is restored: the disk has to lead 128 tokens beyond what slots have in common.
+    score = told(kind, on, **({"n_words": 120} if "window" in kind else {}))
     assert score.difference <= ROUNDING
     assert score.regret <= REGRET
 

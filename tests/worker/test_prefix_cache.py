@@ -263,7 +263,7 @@ def test_a_budget_bounds_the_bytes_and_spares_what_is_used():
     sessions = [np.concatenate([system, run_of(1000 * i, 60)]) for i in range(1, 5)]
     for turn in range(6):
         for i, history in enumerate(sessions):
-            grown = np.concatenate([history, run_of(1000 * (i + 1) + 100 * (turn + 1), 60)])
+            grown = np.concatenate([history, run_of(1000 * (i + 1) + 100 * (turn + 1), 80)])
             serve(books, grown, 200, len(history), len(grown) - 2)
             assert books.checkpoints.n_bytes <= 500
             sessions[i] = grown[:-2]
@@ -282,9 +282,9 @@ def test_a_state_larger_than_the_budget_is_not_asked_for_twice():
 
 def test_one_sequence_has_so_many_checkpoints_and_no_more():
     books = forgetful(budget=10**9)
-    loan = serve(books, run_of(0, 4000), *range(40, 4000, 40))
+    loan = serve(books, run_of(0, 4000), *range(80, 4000, 80))
     assert len(places(loan)) == MOST
-    assert places(loan)[-1] == 3960
+    assert places(loan)[-1] == 3920
 
 
 def test_check_notices_a_checkpoint_beyond_what_is_held():

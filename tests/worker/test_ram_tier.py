@@ -73,6 +73,16 @@ def test_a_beginning_is_saved_where_no_continuation_can_be_cut_to_it(back: bool)
     assert saved.wants(run_of(0, 200)) is not back
 
 
+def test_what_eviction_leaves_of_a_saved_sequence_is_not_saved_too():
+    """A window cannot be cut once it is restored, so the whole does not lead to what is left of it."""
+    cache = books("window")
+    serve(cache, run_of(0, 400))
+    saves = [carry_out(cache, cache.evict(2)).count(Save) for _ in range(3)]
+    serve(cache, np.concatenate([run_of(0, 394), run_of(900, 100)]))
+    again = carry_out(cache, cache.evict(2)).count(Save)
+    assert (saves, again) == ([1, 0, 0], 1)
+
+
 def test_the_longest_beginning_is_found():
     saved = tier()
     saved.put(Entry(run_of(0, 200), state(), (), 1))

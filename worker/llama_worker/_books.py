@@ -17,7 +17,6 @@ import numpy as np
 from llama_worker._cells import Cells
 from llama_worker._checkpoints import (
     MOST,
-    WORTH_KEEPING,
     Checkpoint,
     Checkpoints,
     count_within,
@@ -74,8 +73,7 @@ class Books:
 
     def wants_checkpoint(self, slot: Slot) -> bool:
         """Whether to save what `slot` holds now, so that it can be gone back to."""
-        last = slot.checkpoints[-1].length if slot.checkpoints else 0
-        return self.checkpoints.has_room and slot.n - last >= WORTH_KEEPING
+        return self.checkpoints.has_room and slot.n >= slot.next_checkpoint
 
     # --- what is written in them
 

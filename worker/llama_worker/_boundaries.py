@@ -2,8 +2,8 @@
 
 A model that cannot cut its state back is saved at such places. In a chat they are where something ends that
 comes again word for word: what stands before the first message that is not the system's (instructions and
-tools), before the last user message, and before the words that ask for the reply. What follows the last is
-not stable: replies come back in another form, thoughts not at all.
+tools), before the last user message, and before the reply. The words that ask for it are in the next prompt too,
+but for those that begin a thought. What follows is not stable: replies come back in another form, thoughts not at all.
 
 Between them, and in prompts that are no chats, the places are one every so many tokens.
 """

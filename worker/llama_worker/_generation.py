@@ -85,10 +85,12 @@ class Generation:
 
     @property
     def n_ahead(self) -> int:
-        """As `n_left`, but not beyond the next boundary of the prompt, where a checkpoint may be taken."""
-        n, boundaries = self.n_resident, self.command.job.boundaries
-        following = bisect_right(boundaries, n)
-        return boundaries[following] - n if following < len(boundaries) else self.n_left
+        """As `n_left`, but not beyond the next boundary of the prompt at which a checkpoint is worth its while."""
+        slot, boundaries = self.slot, self.command.job.boundaries
+        if slot is None or not boundaries:
+            return self.n_left
+        following = bisect_left(boundaries, max(slot.n + 1, slot.next_checkpoint))
+        return boundaries[following] - slot.n if following < len(boundaries) else self.n_left
 
     @property
     def is_at_boundary(self) -> bool:

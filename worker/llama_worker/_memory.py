@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from llama_worker._config import ModelConfig, as_model_config
-from llama_worker._engine.base import ModelInfo, outputs_of
+from llama_worker._engine.base import ModelInfo, outputs_of, sequences_of
 from llama_worker._engine.embedding import can_embed, embedding_limits
 from llama_worker._engine.header import Header
 from llama_worker._engine.lora_file import lora_header
@@ -304,7 +304,9 @@ def _state_bytes(info: ModelInfo, header: Header) -> int:
 def _compute_bytes(info: ModelInfo, config: ModelConfig, header: Header, n_cells: int) -> int:
     """The graph of a micro-batch, and the rows of logits of a decode, in the graph and copied out of it."""
     rows = min(config.n_ubatch, config.n_batch)
-    return _graph_bytes(info, config, header, rows, n_cells) + 2 * _FLOAT * outputs_of(config) * info.n_vocab
+    is_stateful = info.is_recurrent or info.is_hybrid
+    outputs = max(outputs_of(config), sequences_of(config, window=info.n_swa, is_stateful=is_stateful))
+    return _graph_bytes(info, config, header, rows, n_cells) + 2 * _FLOAT * outputs * info.n_vocab
 
 
 def _graph_bytes(info: ModelInfo, config: ModelConfig, header: Header, rows: int, cells: int) -> int:

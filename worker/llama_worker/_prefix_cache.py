@@ -348,8 +348,11 @@ class PrefixCache:
         continued = None if certainly else slot.continued
         if n_lost < WORTH_SAVING or not self.tier.wants(tokens, slot.kv) or self._books.is_held_twice(slot):
             return ()
+        if not slot.busy and slot.saved_at == slot.last_used:  # what is left of what was saved
+            return ()
         if continued is not None and not self.tier.thrift.pays(continued=continued):
             return ()
+        slot.saved_at = slot.last_used
         return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints), slot.kv, continued),)
 
 

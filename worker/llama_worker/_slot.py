@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_worker._checkpoints import Checkpoint
+from llama_worker._checkpoints import WORTH_KEEPING, Checkpoint
 from llama_worker._identity import BASE
 from llama_worker._pins import Pin
 from llama_worker._tokens import TokenBuffer
@@ -15,6 +15,7 @@ class Slot:
     less than `firm` tokens: of what was restored, a window may be there only as far as it was needed.
     `kv`: what its tokens were computed with; of no meaning while it is empty. `session` used it last; `pins` say how
     many of its first tokens whose sessions want to be kept. `continued`: a prompt took over what it holds.
+    `saved_at`: what `last_used` was when it was saved.
     """
 
     __slots__ = (
@@ -26,6 +27,7 @@ class Slot:
         "kv",
         "last_used",
         "pins",
+        "saved_at",
         "seq",
         "session",
         "tokens",
@@ -43,10 +45,16 @@ class Slot:
         self.session: str | None = None
         self.pins: list[tuple[Pin, int]] = []
         self.continued = False
+        self.saved_at: int | None = None
 
     @property
     def n(self) -> int:
         return self.tokens.n
+
+    @property
+    def next_checkpoint(self) -> int:
+        """How many tokens it holds before another checkpoint is worth its while."""
+        return WORTH_KEEPING + (self.checkpoints[-1].length if self.checkpoints else 0)
 
     @property
     def pinned(self) -> int:

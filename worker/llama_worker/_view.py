@@ -53,6 +53,9 @@ _NAMES_OF_OURS: Final = frozenset(
 _OTHER: Final = Message(role="user", content="\u241f")
 """Stands for whatever else a user may say."""
 
+_REPLY: Final = Message(role="assistant", content="\u241f")
+"""Stands for whatever is replied."""
+
 
 def template_source(given: str | None) -> str | None:
     """The Jinja text of `ModelConfig.chat_template`, which is that text or the path of a file with it.
@@ -252,14 +255,16 @@ class ModelView:
             return raw_boundaries(len(prompt))
         roles = [message.role for message in messages]
         heads = {next((i for i, role in enumerate(roles) if role != "system"), len(roles)), _last(roles, "user")}
-        others = [((*messages[:head], _OTHER), True) for head in heads] + [(messages, False)]
-        places = set()
-        for chat, asks in others:
+
+        def stable(chat: Sequence[Message], *, asks: bool) -> int | None:
             try:
-                places.add(common_text(rendered, self._rendered_for(request, chat, asks=asks, today=today)))
+                return common_text(rendered, self._rendered_for(request, chat, asks=asks, today=today))
             except TemplateError:
-                continue  # it does not take such a chat: then this place is not known
-        before = [self.n_bytes(rendered[:place]) for place in places]
+                return None  # it does not take such a chat: then this place is not known
+
+        places = {stable((*messages[:head], _OTHER), asks=True) for head in heads}
+        places.add(stable((*messages, _REPLY), asks=False) or stable(messages, asks=False))
+        before = [self.n_bytes(rendered[:place]) for place in places if place is not None]
         return chat_boundaries(prompt, self.vocabulary.pieces, before, self.n_bytes(rendered))
 
     def n_bytes(self, rendered: str) -> int:

@@ -28,6 +28,8 @@ Mask: TypeAlias = NDArray[np.uint8]
 """One bit for each token, set where it is allowed: bit i of byte j is token 8j+i; (n_vocab + 7) // 8 bytes."""
 MOST_DRAFTS: Final = 15
 """Tokens in one decode that are only guessed; with the row in front of them 16, which suits every kernel."""
+MOST_SEQUENCES: Final = 256
+"""LLAMA_MAX_SEQ: a context has no more."""
 SavedState: TypeAlias = NDArray[np.uint8]
 """A sequence as bytes, sealed (see `_engine/state.py`) and not to be written to."""
 
@@ -141,6 +143,15 @@ class EngineLimits:
 def outputs_of(config: ModelConfig) -> int:
     """How many rows of logits a decode has at most. Each takes twice the size of the vocabulary in floats."""
     return config.n_parallel + (0 if config.speculation == "off" else MOST_DRAFTS)
+
+
+def sequences_of(config: ModelConfig, *, window: int, is_stateful: bool) -> int:
+    """How many sequences a context has: one a slot, and where a window is to keep all of its cells, a shadow for each.
+
+    See `_engine.shadows`. llama.cpp reserves a row of logits for each.
+    """
+    shadowed = window and config.swa_full and not is_stateful and 2 * config.n_parallel <= MOST_SEQUENCES
+    return config.n_parallel * (2 if shadowed else 1)
 
 
 class Aborted(GenerationError):

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from llama_worker._config import ModelConfig
-from llama_worker._engine.base import DecodeStatus, Floats, Mask, ModelInfo, Span, StateError, outputs_of
+from llama_worker._engine.base import DecodeStatus, Floats, Mask, ModelInfo, Span, StateError, outputs_of, sequences_of
 from llama_worker._engine.batch import Batch
 from llama_worker._engine.context import AbortSwitch, new_context, threads
 from llama_worker._engine.library import Library, Pointer
@@ -43,7 +43,10 @@ class Generator:
         abort: AbortSwitch,
     ) -> None:
         api = lib.api
-        params = _context_params(api, config)
+        window = int(api.llama_model_n_swa(model))
+        stateful = bool(api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
+        n_seq, n_all = config.n_parallel, sequences_of(config, window=window, is_stateful=stateful)
+        params = _context_params(api, config, n_all)
         self._lib = lib
         self.context = new_context(lib, stack, model, params, abort)
         memory: Pointer = api.llama_get_memory(self.context)
@@ -52,14 +55,12 @@ class Generator:
         self.n_ctx: int = api.llama_n_ctx(self.context)
         self.n_batch: int = api.llama_n_batch(self.context)
         self.n_ubatch: int = api.llama_n_ubatch(self.context)
-        self.n_outputs: int = params.n_outputs_max
+        self.n_outputs = outputs_of(config)
         vocab = sampling_vocab(lib, model, self.n_ctx)
         self._n_vocab = vocab.n_tokens
         self.state_mark = _state_mark(lib, config, info, self.n_ctx)
         self.kv, self.kv_mark = BASE, BASE.mark  # what is computed with from now on
-        window = int(api.llama_model_n_swa(model))
-        n_seq: int = api.llama_n_seq_max(self.context)
-        self.sequences = Sequences(lib, self.context, memory, n_seq, window, self.state_mark)
+        self.sequences = Sequences(lib, self.context, memory, n_seq, window, self.state_mark, has_shadows=n_all > n_seq)
         self._outputs = Outputs(lib, self.context, self.n_outputs, self._n_vocab)
         self._scan = RowScan()
         self._masks: Masks | None = None  # made when first needed
@@ -71,7 +72,6 @@ class Generator:
             # Of a batch of several ubatches llama.cpp finds places for all before it computes the first, and gives
             # up cells that the first one's rows still attend to (0.3.36): their logits are wrong, by 0.2 and more.
             self.n_batch = min(self.n_batch, self.n_ubatch)
-        stateful = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         self._probe(stateful=stateful, window=window, drops=bool(window) and not config.swa_full)
 
     def decode(self, spans: Sequence[Span]) -> DecodeStatus:
@@ -85,7 +85,7 @@ class Generator:
         code = self._lib.api.llama_decode(self.context, self._batch.native)
         log.release(expected=code >= 0)
         if code == 0:
-            self.sequences.ends = ends
+            self.sequences.advance(spans, ends)
             self._outputs.take(outputs)
             return DecodeStatus.OK
         self.sequences.resync(spans, code)
@@ -212,13 +212,13 @@ def require_consistent(config: ModelConfig, info: ModelInfo) -> None:
         )
 
 
-def _context_params(api: Any, config: ModelConfig) -> Any:
+def _context_params(api: Any, config: ModelConfig, n_seq: int) -> Any:
     params = api.llama_context_default_params()
     n_cells = config.n_kv_cells or config.n_ctx  # 0 means the trained context
     params.n_ctx = -(-n_cells // 256) * 256
     params.n_batch = config.n_batch
     params.n_ubatch = min(config.n_ubatch, config.n_batch)
-    params.n_seq_max, params.n_outputs_max = config.n_parallel, outputs_of(config)
+    params.n_seq_max, params.n_outputs_max = n_seq, max(n_seq, outputs_of(config))
     params.n_threads, params.n_threads_batch = threads(config)
     params.flash_attn_type = _FLASH_ATTN[config.flash_attn]
     params.type_k = _KV_TYPES[config.type_k]

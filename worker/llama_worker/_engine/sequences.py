@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 from llama_worker._engine.base import DecodeStatus, SavedState, Span, StateError
 from llama_worker._engine.library import Library, Pointer
+from llama_worker._engine.shadows import Shadows
 from llama_worker._engine.state import ContextStates
 from llama_worker._identity import BASE
 
@@ -19,10 +20,14 @@ class Sequences:
     """The `n` sequences of one context: their lengths (`ends`), and what each was computed with (`marks`).
 
     The engine's thread. `base.Engine` says what its calls mean; what a memory can do is False until it has shown it.
+    With `has_shadows` there are as many behind them, see `Shadows`.
     """
 
-    def __init__(self, lib: Library, context: Pointer, memory: Pointer, n: int, window: int, mark: bytes) -> None:
+    def __init__(
+        self, lib: Library, context: Pointer, memory: Pointer, n: int, window: int, mark: bytes, *, has_shadows: bool
+    ) -> None:
         self._short, self._memory = lib.short, memory
+        self._shadows = Shadows(lib, memory, n, window) if has_shadows else None
         self._states = ContextStates(lib, context, mark)
         self._window = window
         self._spoiled: dict[int, int] = {}  # sequences without a valid state, and how many tokens' other cells are
@@ -62,6 +67,13 @@ class Sequences:
         for seq in [span.seq for span in spans if span.seq in self._spoiled] if self._spoiled else ():
             self._clear(seq)
 
+    def advance(self, spans: Sequence[Span], ends: list[int]) -> None:
+        """`spans` were computed: now each sequence holds as many tokens as `ends` says."""
+        self.ends = ends
+        if self._shadows is not None:
+            for span in spans:
+                self._grow(span.seq, ends[span.seq])
+
     def wipe(self) -> None:
         """As if nothing had ever been computed."""
         self.clear(0)
@@ -79,7 +91,7 @@ class Sequences:
         if not self._window_holds(source, length):
             raise StateError(f"sequence {source} lacks the window behind its first {length} tokens")
         self._short.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        self.ends[target] = length
+        self._grow(target, length)
         self.marks[target] = self.marks[source]
 
     def save(self, seq: int, *, partial: bool) -> SavedState:
@@ -109,7 +121,7 @@ class Sequences:
         decoded = {span.seq for span in spans}
         for seq in decoded:
             before = self.ends[seq]
-            self.ends[seq] = self._short.llama_memory_seq_pos_max(self._memory, seq) + 1
+            self._grow(seq, self._short.llama_memory_seq_pos_max(self._memory, seq) + 1)
             # A state that was half updated, or a window that lost cells, continues nothing. The cells of what
             # was there before are whole: a checkpoint among them can still be gone back to.
             if not self.can_trim or not self._window_holds(seq, self.ends[seq]):
@@ -124,8 +136,17 @@ class Sequences:
             raise ValueError(f"seq={seq}: out of range 0 … {self.n - 1}")
 
     def remove(self, seq: int, start: int) -> bool:
-        """Have llama.cpp take away what stands from `start` on. False when it cannot."""
-        return bool(self._short.llama_memory_seq_rm(self._memory, seq, start, -1))
+        """Have llama.cpp take away what stands from `start` on, or, from -1, everything. False when it cannot."""
+        if not self._short.llama_memory_seq_rm(self._memory, seq, start, -1):
+            return False
+        if self._shadows is not None:
+            self._shadows.cut(seq, max(start, 0))
+        return True
+
+    def _grow(self, seq: int, end: int) -> None:
+        self.ends[seq] = end
+        if self._shadows is not None:
+            self._shadows.follow(seq, end)
 
     def _spoil_others(self, decoded: Collection[int]) -> None:
         """States that are decoded together stand side by side: llama.cpp makes others trade places with them.
@@ -163,7 +184,7 @@ class Sequences:
         if self._short.llama_memory_seq_pos_max(self._memory, seq) != length - 1:
             raise StateError(f"the state did not lead back to {length} tokens")
         self._spoiled.pop(seq, None)
-        self.ends[seq] = length
+        self._grow(seq, length)
         self.marks[seq] = saved.kv
 
     def _clear(self, seq: int) -> None:
