@@ -91,6 +91,7 @@ class ModelFields(BaseModel):
     rope_freq_base: float | None = None
     rope_freq_scale: float | None = None
     speculation: str | None = None
+    draft_model: str | None = None
     pooling: str | None = None
     lora_paths: dict[str, str] | tuple[tuple[str, str], ...] | None = None
     chat_template: str | None = None

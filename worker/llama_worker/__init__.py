@@ -22,7 +22,7 @@ The house, from the outside in:
                    over _disk and _disk_store; _disk_line: what waits to be written, _superseding: what is needless then
     _saved_prefix  such bytes as they leave the process; _transfers and _cache_transfer take them out and in
     _loras         adapters by name; _identity is what KV depends on because of them, _turns whose batch is next
-    _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams
+    _speculation   which tokens are guessed and decoded along, by an index of the text in _ngrams, or by a _draft model
     _reply         token -> text -> events, which wait in _mailboxes; _streams is where the caller reads them, and
                    _loop_door how the worker reaches an event loop
     _chat/         templates, ChatFormat (what one writes) and the parser that reads it back

@@ -148,7 +148,8 @@ class ModelConfig(Settings):
     `n_gpu_layers`: layers to offload; negative means all. `rope_freq_*`: 0 means the model's own.
     `speculation`: whether tokens of a reply are guessed from what its text repeats, and several computed at once;
     never what is said, but for how kernels round. "auto" does it where it has been measured to pay, "on" wherever
-    there is a guess, "off" never.
+    there is a guess, "off" never. `draft_model`: a second, small model of the same vocabulary that guesses, too: a path
+    or name like `model`'s; it is opened with the same settings.
     `pooling`: how token embeddings become one vector; "model" means what the GGUF says, mean if silent.
     `lora_paths`: LoRA adapters to load with the model, name -> path of a GGUF file (a mapping or pairs; kept as pairs
     in the order of names). They change nothing until a request asks for them (`GenerationRequest.loras`).
@@ -184,13 +185,21 @@ class ModelConfig(Settings):
     rope_freq_base: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rope_freq_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     speculation: Speculating = "off"
+    draft_model: Annotated[str | None, Field(min_length=1), NAME] = None
     pooling: Pooling = "model"
     lora_paths: Annotated[tuple[tuple[LoraName, _Path], ...], Field(max_length=64)] = ()
     chat_template: str | None = None
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
 
-    @field_validator("model", mode="before")
+    @property
+    def of_draft(self) -> ModelConfig | None:
+        """How the draft model is opened: as this model, with nothing that is this one's own. None without one."""
+        if self.draft_model is None:
+            return None
+        return self.model_copy(update={"model": self.draft_model, **_NOT_THE_DRAFTS})
+
+    @field_validator("model", "draft_model", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return os.fspath(value) if _is_path(value) else value
@@ -209,6 +218,21 @@ class ModelConfig(Settings):
     @classmethod
     def _distinct_loras(cls, value: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
         return distinct(value)
+
+
+_NOT_THE_DRAFTS: Final[Mapping[str, Any]] = {
+    name: ModelConfig.model_fields[name].default
+    for name in (
+        "cache_dir",
+        "chat_template",
+        "draft_model",
+        "fit",
+        "lora_paths",
+        "rope_freq_base",
+        "rope_freq_scale",
+        "speculation",
+    )
+} | {"cache_ram": 0}
 
 
 def as_model_config(given: object) -> ModelConfig:

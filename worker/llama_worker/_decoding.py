@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+from llama_worker._draft import DraftModel
 from llama_worker._engine.base import AbortFlag, DecodeStatus, Span
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
@@ -23,7 +24,7 @@ from llama_worker._logprobs import logprob_of
 from llama_worker._loras import names_of
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
-from llama_worker._tokens import common_prefix
+from llama_worker._tokens import TokenIds, common_prefix
 
 logger = logging.getLogger("llama_worker")
 
@@ -45,6 +46,8 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
         running = len(scheduler.running)
         apply(loaded, scheduler.make_room())
         service.meter.preemptions += running - len(scheduler.running)
+    if loaded.draft is not None and not loaded.draft.has_failed:
+        _guess(service, loaded, loaded.draft)
     batch = scheduler.plan()
     if batch is None:
         if scheduler.is_held_up and not loaded.embeds:
@@ -102,6 +105,34 @@ def _fail_stuck(loaded: Loaded) -> None:
         n_ctx = loaded.engine.limits.n_ctx
         generation.fail(ContextOverflowError(stage="decode", resident=generation.n_resident, additional=1, n_ctx=n_ctx))
         loaded.retire(generation)
+
+
+def _guess(service: Service, loaded: Loaded, draft: DraftModel) -> None:
+    """Have the draft model guess for those for whom that is thought to pay. It fails nobody: then there is no guess."""
+    parts, n = loaded.scheduler.to_guess()
+    if not parts:
+        return
+    texts = [(generation.slot.seq, generation.tokens.view) for generation in parts if generation.slot is not None]
+    abort = draft.engine.abort_flag
+    abort.clear()
+    for generation in parts:
+        generation.cancel.arm(abort.raise_)
+    started = service.clock()
+    service.calls.begin(started)
+    guesses: list[TokenIds] = []
+    try:
+        guesses = draft.guess(texts, n, loaded.scheduler.pace.rows())
+    except (LlamaWorkerError, MemoryError) as exc:
+        draft.has_failed = True
+        logger.warning("the draft model guesses no more: %s", exc)
+    finally:
+        for generation in parts:
+            generation.cancel.disarm()
+        service.calls.end()
+    if service.calls.overdue is not None:
+        draft.has_failed = True
+        logger.error("the draft model guesses no more: it took longer than %g s", service.calls.overdue)
+    loaded.scheduler.guessed(parts, guesses, n, (service.clock() - started) * 1000)
 
 
 def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:

@@ -65,6 +65,7 @@ def _checked(
     kept: int | None,
     coming: ModelConfig | None,
 ) -> bool:
+    from llama_worker._engine.draft import require_draft
     from llama_worker._engine.generator import require_consistent
     from llama_worker._fitting import require_fit
     from llama_worker._memory import plan
@@ -74,6 +75,7 @@ def _checked(
     if info.is_embedding and serving is not None and not serving.info.is_embedding:
         raise ModelLoadError(f"{info.name} only embeds, and this worker's callers chat; open another worker for it")
     require_consistent(config, info)
+    require_draft(config, info)
     _check_template(config, info)
     if config.lora_paths:
         check_loras(config, info)

@@ -60,7 +60,7 @@ class Loading:
         assert isinstance(self._outcome, tuple)
         self._taken = True
         model, view = self._outcome
-        model.engine.adopt()
+        model.adopt()
         return model, view
 
     def cancel(self) -> None:
@@ -68,7 +68,7 @@ class Loading:
         with self._settled:
             self.progress.cancel()
         if isinstance(self._outcome, tuple) and not self._taken:
-            self.take()[0].engine.close()
+            self.take()[0].close()
 
     def join(self) -> None:
         """Wait until the loading thread is through with it."""
@@ -92,7 +92,7 @@ class Loading:
         with self._settled:
             unwanted = self.progress.is_cancelled
             if unwanted and isinstance(outcome, tuple):
-                outcome[0].engine.close()
+                outcome[0].close()
                 outcome = ModelLoadError(f"loading {self.config.model!r} was cancelled")
             self._outcome = outcome
         done()
@@ -107,5 +107,5 @@ class Loading:
             config = model.config or self.config
             return model, ModelView.of(model, config, self._epoch, load_loras(model.engine, config))
         except Exception as exc:  # noqa: BLE001  a template, or anything that the model brings along
-            model.engine.close()
+            model.close()
             return ModelLoadError(str(exc)) if isinstance(exc, TemplateError) else exc

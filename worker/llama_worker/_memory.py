@@ -4,6 +4,7 @@
     KV cache     cells x layers x heads, and the states of recurrent layers; exact
     compute      one graph's buffers, the rows of logits, the vocabulary's tables; estimated on the high side
     adapters     the bytes of all tensors of the LoRA adapters that are loaded with it; exact
+    draft        weights, KV cache and buffers of the draft model
     embedding    KV cache, buffers and output rows of the context that embeds texts, made at its first use
     saved        states that are kept in RAM, as they come: `cache_ram` at most
 
@@ -70,6 +71,7 @@ class MemoryPlan:
     kv: int
     compute: int
     loras: int = 0
+    draft: int = 0
     embedding: int
     saved: int = 0
     free_ram: int
@@ -92,7 +94,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """What the model takes when everything of it is in use."""
-        return self.weights + self.kv + self.compute + self.loras + self.embedding + self.saved
+        return self.weights + self.kv + self.compute + self.loras + self.draft + self.embedding + self.saved
 
 
 def plan_memory(model: str | ModelConfig) -> MemoryPlan:
@@ -110,9 +112,13 @@ def plan(info: ModelInfo, config: ModelConfig) -> MemoryPlan:
 
 
 def described(path: Path, config: ModelConfig) -> ModelFile:
-    """The model at `path` with the adapters of `config`. Raises what `read_model` raises, and LoraLoadError."""
+    """The model at `path` with the adapters and the draft model of `config`.
+
+    Raises what `read_model` raises, and LoraLoadError.
+    """
     paths = dict.fromkeys(path for _, path in config.lora_paths)  # two names of one file share what is loaded
-    return replace(read_model(path), loras=tuple(map(lora_header, paths)))
+    draft = None if config.draft_model is None else read_model(resolve(config.draft_model))
+    return replace(read_model(path), loras=tuple(map(lora_header, paths)), draft=draft)
 
 
 def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPlan:
@@ -121,11 +127,15 @@ def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPla
     n_devices, free_device = free.spread(config)
     n_offloaded = offloaded_layers(file.info, config) if n_devices else 0
     needed_ram, needed_device = parts.placed(config, n_offloaded, n_devices)
+    draft = None if file.draft is None else planned(file.draft, config.of_draft or config, free)
+    if draft is not None:
+        needed_ram, needed_device = needed_ram + draft.needed_ram, needed_device + draft.needed_device
     memory = MemoryPlan(
         weights=parts.weights,
         kv=sum(parts.kv_layers),
         compute=parts.compute,
         loras=parts.loras,
+        draft=0 if draft is None else draft.weights + draft.kv + draft.compute,
         embedding=parts.embedding,
         saved=config.cache_ram << 20 if parts.kv_layers else 0,
         free_ram=free.ram,
@@ -376,6 +386,8 @@ def _shortage(memory: MemoryPlan, config: ModelConfig) -> str:
     parts.append(f"{shown_bytes(memory.compute)} compute buffers")
     if memory.loras:
         parts.append(f"{shown_bytes(memory.loras)} LoRA adapters")
+    if memory.draft:
+        parts.append(f"{shown_bytes(memory.draft)} draft model")
     if not memory.n_cells:
         parts.append(f"{shown_bytes(memory.embedding)} to embed a batch")
     mapped = "" if memory.weights_resident else f" (weights of {shown_bytes(memory.weights)} are mapped, not counted)"
@@ -392,6 +404,8 @@ def _ways_out(memory: MemoryPlan, config: ModelConfig) -> list[str]:
             ways.append("type_k='q8_0' with type_v='q8_0'")
     if memory.loras:
         ways.append("fewer lora_paths")
+    if memory.draft:
+        ways.append("no draft_model")
     if memory.needed_ram <= memory.free_ram:
         ways.append("a smaller n_gpu_layers")
     elif memory.weights_resident:

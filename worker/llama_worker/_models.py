@@ -42,12 +42,13 @@ _STATE_KEYS: Final = ("ssm.", "wkv.", "shortconv.", "kda.", "token_shift_count")
 class ModelFile:
     """A GGUF file as its header describes it. `headers` has one entry for each shard of a split model.
 
-    `loras` are those of the adapters that are to be loaded with it.
+    `loras` are those of the adapters that are to be loaded with it, `draft` is its draft model.
     """
 
     info: ModelInfo
     headers: tuple[Header, ...]
     loras: tuple[Header, ...] = ()
+    draft: ModelFile | None = None
 
     @property
     def header(self) -> Header:

@@ -17,6 +17,7 @@ from pathlib import Path
 from llama_worker._commands import Reload
 from llama_worker._config import ModelConfig
 from llama_worker._decoding import generate
+from llama_worker._draft import DraftModel
 from llama_worker._embedding import embed
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.progress import LoadProgress
@@ -113,8 +114,9 @@ def adopt(service: Service, loading: Loading) -> None:
     speculation = Speculation.of(limits, view.config.speculation)
     scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20, speculation)
     disk = open_disk(service, view, scheduler)
-    service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits), disk=disk)
-    service.abort = model.engine.abort_flag.raise_
+    draft = None if model.draft is None else DraftModel(model.draft, view.vocabulary.end_tokens)
+    service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits), disk=disk, draft=draft)
+    service.abort = service.loaded.abort
     service.config = loading.config  # what was asked for: the next load may find more memory free
     service.idle_since = None
     service.refusal = None
@@ -233,4 +235,4 @@ def unload(service: Service) -> None:
             for generation in [*loaded.scheduler.running, *loaded.scheduler.waiting]:
                 loaded.close_sampler(generation)
         finally:
-            loaded.engine.close()
+            loaded.close()

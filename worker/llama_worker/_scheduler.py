@@ -16,7 +16,7 @@ All rows of a batch are computed with the same adapters: where generations diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -32,6 +32,7 @@ from llama_worker._prefix_cache import PrefixCache
 from llama_worker._seq_ops import KVOp, Trim
 from llama_worker._slot import Slot
 from llama_worker._speculation import Speculation
+from llama_worker._tokens import TokenIds
 from llama_worker._turns import Turns
 
 PATIENCE = 8
@@ -208,6 +209,23 @@ class Scheduler:
             spans = self.speculation.extended(spans, decoding[: len(parts)], room - n_rows)
             n_drafts = sum([len(span.tokens) for span in spans]) - n_rows
         return Batch(spans, tuple([g for g, _ in parts]), n_rows + n_drafts, n_drafts)
+
+    def to_guess(self) -> tuple[list[Generation], int]:
+        """For whom the draft model should guess before the next step, and how many tokens; for nobody in a step that
+        computes somebody's prompt."""
+        members = list(self.turns.members(self.running))
+        if self.speculation is None or not all(g.is_decoding for g in members):
+            return [], 0
+        room = min(self._limits.n_batch, self.cache.cells.free) - len(members)
+        return self.speculation.to_guess(members, room)
+
+    def guessed(self, parts: Sequence[Generation], guesses: Sequence[TokenIds], n: int, milliseconds: float) -> None:
+        """The draft model took so long to guess, for those of `parts` who were up to date, `n` tokens for each."""
+        for generation, guess in zip(parts, guesses, strict=False):
+            if generation.drafter is not None and len(guess):
+                generation.drafter.offer(guess)
+        if self.speculation is not None and guesses and all(map(len, guesses)):
+            self.speculation.observe_guesses(n, milliseconds)
 
     def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
         """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now.

@@ -18,6 +18,7 @@ from llama_worker._channel import CommandChannel
 from llama_worker._commands import ChangeLora, Reload, Request, Transfer, settle
 from llama_worker._config import ModelConfig
 from llama_worker._disk import Disk
+from llama_worker._draft import DraftModel
 from llama_worker._embeddings import EmbedQueue
 from llama_worker._engine.base import Engine, Loader
 from llama_worker._engine_calls import EngineCalls
@@ -47,10 +48,23 @@ class Loaded:
     embeds: EmbedQueue
     leaving: set[str] = field(default_factory=set)
     disk: Disk | None = None
+    draft: DraftModel | None = None
 
     @property
     def is_idle(self) -> bool:
         return self.scheduler.is_idle and not self.embeds
+
+    def abort(self) -> None:
+        """End the engine call that runs, if one does. Any thread, never blocks."""
+        self.engine.abort_flag.raise_()
+        if self.draft is not None:
+            self.draft.engine.abort_flag.raise_()
+
+    def close(self) -> None:
+        """Let the model go. Every sampler is closed."""
+        if self.draft is not None:
+            self.draft.close()
+        self.engine.close()
 
     def retire(self, generation: Generation) -> None:
         """The generation was answered: give back its slot and free its sampler."""

@@ -1,19 +1,19 @@
 """Speculation: guessed tokens that are decoded behind the last one, where that gives more tokens in the same time.
 
 A text that repeats itself, or its prompt, can be guessed: what followed the last three tokens before may follow
-again (see `_ngrams`). The guesses, called drafts, are rows of the same decode; each row is sampled as ever, by
-the reply's own sampler, and when a draft is not what was sampled, it and all behind it are thrown away. So what
-is said does not depend on drafts, only when.
+again (see `_ngrams`). And a second, small model may guess (see `_draft`). The guesses, called drafts, are rows of the
+same decode; each row is sampled as ever, by the reply's own sampler, and when a draft is not what was sampled, it
+and all behind it are thrown away. So what is said does not depend on drafts, only when.
 
 What they cost differs by machine: on a GPU 16 rows may take as long as one, on two CPU cores 4 rows take nearly
 as long as 4 steps. So nothing is believed, all is measured in the work itself:
 
     costs        what a step of so many rows takes. What is not known is believed to be free, so that it is tried,
                  twice, and again after a while that doubles each time
-    acceptance   of each reply, how far its guesses came true lately, drafted or not
+    acceptance   of each reply, how far its guesses came true lately, drafted or not, and those of the draft model
 
 and `how_many` takes the number of drafts that gives most tokens a millisecond, which mostly is none. Where not
-even perfect guesses would pay, nothing is guessed.
+even perfect guesses would pay, nothing is guessed. A draft model is asked only where what it takes would be paid, too.
 """
 
 from __future__ import annotations
@@ -122,18 +122,54 @@ def how_many(n: int, chances: Sequence[float], base: float, cost: Callable[[int]
     return chosen
 
 
+class Luck:
+    """How guesses of one kind fared: `chances[k]` is how often the first k+1 tokens of one were all right."""
+
+    __slots__ = ("chances",)
+
+    def __init__(self) -> None:
+        self.chances = [FIRST_CHANCE ** (k + 1) for k in range(MOST_DRAFTS)]
+
+    @property
+    def n_likely(self) -> int:
+        """How many drafts are worth a row where rows cost nothing; at least one."""
+        return max(1, sum(chance >= LIKELY for chance in self.chances))
+
+    def learn(self, right: int, *, refuted: bool) -> None:
+        for k in range(MOST_DRAFTS if refuted else right):
+            self.chances[k] += _MEMORY * ((k < right) - self.chances[k])
+
+
 class Drafter:
     """What one reply is expected to say, and how far such guesses came true lately.
 
-    `always`: its drafts need not pay. `chances[k]`: how often the first k+1 tokens of a guess were all right, where
-    there was a guess. A guess that was not drafted is followed all the same, as far as a first trial would go.
+    `always`: its drafts need not pay. Guesses are what the text says where it repeats itself, or the draft model's,
+    whichever came true more often; `luck` is that of those that were proposed last. A repetition that was not drafted
+    is followed all the same, as far as a first trial would go.
     """
 
-    __slots__ = ("_at", "_drafted", "_guess", "_index", "_most", "_tokens", "always", "chances")
+    __slots__ = (
+        "_at",
+        "_drafted",
+        "_followed",
+        "_guess",
+        "_index",
+        "_most",
+        "_offer",
+        "_offered_at",
+        "_tokens",
+        "always",
+        "luck",
+        "of_model",
+        "of_text",
+    )
 
     def __init__(self, tokens: TokenBuffer, most: int, *, always: bool) -> None:
         self.always = always
-        self.chances = [FIRST_CHANCE ** (k + 1) for k in range(MOST_DRAFTS)]
+        self.luck = self.of_text = self._followed = Luck()
+        self.of_model = Luck()
+        self._offer: TokenIds = NOTHING
+        self._offered_at = 0
         self._tokens = tokens
         self._most = most
         self._index: NgramIndex | None = None  # made when first asked
@@ -142,27 +178,49 @@ class Drafter:
         self._drafted = False
 
     @property
+    def chances(self) -> list[float]:
+        return self.luck.chances
+
+    @property
     def n_likely(self) -> int:
-        """How many drafts are worth a row where rows cost nothing; at least one."""
-        return max(1, sum(chance >= LIKELY for chance in self.chances))
+        return self.luck.n_likely
 
     def propose(self, most: int) -> TokenIds:
         """At most `most` tokens that may come next. Asked again with nothing new, it answers the same."""
-        if len(self._guess):
-            self._look_back()
-        if self._index is None:
-            self._index = NgramIndex(self._tokens, self._most)
-        guess = self._index.propose(most)
-        if not len(self._guess) and len(guess):
-            self._follow(guess, drafted=False)
-        return guess
+        repeated = self._repeated(most)
+        if len(self._offer) and self._offered_at == self._tokens.n and self._prefers_model(repeated):
+            self.luck = self.of_model
+            return self._offer[:most]
+        self.luck = self.of_text
+        if not len(self._guess) and len(repeated):
+            self._follow(repeated, drafted=False)
+        return repeated
+
+    def asks_model(self, most: int) -> bool:
+        """Whether a guess of the draft model would be proposed."""
+        return self._prefers_model(self._repeated(most))
+
+    def offer(self, guess: TokenIds) -> None:
+        """`guess` is what the draft model says comes next."""
+        self._offer, self._offered_at = guess, self._tokens.n
 
     def drafts(self, guess: TokenIds) -> None:
         """`guess`, proposed just now, is decoded, or the first of it."""
         self._follow(guess, drafted=True)
 
+    def _repeated(self, most: int) -> TokenIds:
+        if len(self._guess):
+            self._look_back()
+        if self._index is None:
+            self._index = NgramIndex(self._tokens, self._most)
+        return self._index.propose(most)
+
+    def _prefers_model(self, repeated: TokenIds) -> bool:
+        return not len(repeated) or self.of_text.chances[0] < self.of_model.chances[0]
+
     def _follow(self, guess: TokenIds, *, drafted: bool) -> None:
         self._guess, self._at, self._drafted = guess, self._tokens.n, drafted
+        self._followed = self.luck
 
     def _look_back(self) -> None:
         """Learn from the guess that is followed, if it is known how far it came true."""
@@ -170,12 +228,8 @@ class Drafter:
         right = common_prefix(came, self._guess)
         refuted = right < min(len(came), len(self._guess))
         if refuted or (len(came) and self._drafted) or right >= min(len(self._guess), FIRST_TRIAL):
-            self._learn(right, refuted=refuted)
+            self._followed.learn(right, refuted=refuted)
             self._guess = NOTHING
-
-    def _learn(self, right: int, *, refuted: bool) -> None:
-        for k in range(MOST_DRAFTS if refuted else right):
-            self.chances[k] += _MEMORY * ((k < right) - self.chances[k])
 
 
 class Speculation:
@@ -183,6 +237,7 @@ class Speculation:
 
     def __init__(self, limits: EngineLimits, *, always: bool = False) -> None:
         self._always = always
+        self._guess_ms = 0.0  # of the draft model, for a token of everybody's; unknown is believed to be free
         self._n_outputs = limits.n_outputs
         self.costs = Costs(limits.n_outputs)
         self._looked: dict[int, tuple[int, float | None]] = {}  # by rows: until which step it holds, and what
@@ -208,6 +263,33 @@ class Speculation:
         """A step of `rows` rows, every one with an output, took so long."""
         if rows <= self._n_outputs:
             self.costs.observe(rows, milliseconds)
+
+    def observe_guesses(self, n: int, milliseconds: float) -> None:
+        """The draft model took so long to guess `n` tokens for everybody who was up to date."""
+        each = milliseconds / n
+        self._guess_ms += _RISE * (each - self._guess_ms) if self._guess_ms else each
+
+    def to_guess(self, parts: Sequence[Generation], room: int) -> tuple[list[Generation], int]:
+        """Of `parts`, who decode, those for whom the draft model should guess, and how many tokens for each."""
+        n = len(parts)
+        most = min(room, self._n_outputs - n, MOST_DRAFTS) // max(n, 1)
+        base = self._base(n) if most > 0 else None
+        asked = [g for g in parts if _asks_model(g, most, hopeful=base is not None)] if most > 0 else []
+        lucks = [(g.drafter.of_model, g.drafter.always) for g in asked if g.drafter is not None]
+        certain = max((luck.n_likely for luck, always in lucks if always), default=0)
+        paid = self._paid([luck for luck, _ in lucks], n, base, most) if base is not None else 0
+        count = min(max(certain, paid), most)
+        return (asked, count) if count else ([], 0)
+
+    def _paid(self, lucks: Sequence[Luck], n: int, base: float, most: int) -> int:
+        """How many guesses for each of `lucks` give most tokens for the time that guessing and decoding them takes."""
+        best, chosen = MARGIN * n / base, 0
+        for count in [size for size in SIZES if size <= most]:
+            tokens = n + sum(sum(luck.chances[:count]) for luck in lucks)
+            took = self.costs.expected(n + count * len(lucks), n, base) + count * self._guess_ms
+            if tokens / took > best:
+                best, chosen = tokens / took, count
+        return chosen
 
     def extended(self, spans: tuple[Span, ...], parts: Sequence[Generation], room: int) -> tuple[Span, ...]:
         """`spans`, one row for each decoding generation of `parts`, and behind them at most `room` drafts."""
@@ -280,6 +362,13 @@ def _drafts(generation: Generation, room: int, *, hopeful: bool) -> TokenIds:
     if drafter is None or not (hopeful or drafter.always):
         return NOTHING
     return drafter.propose(min(room, generation.room - 1))
+
+
+def _asks_model(generation: Generation, most: int, *, hopeful: bool) -> bool:
+    drafter = generation.drafter
+    if drafter is None or generation.room < 2 or not (hopeful or drafter.always):
+        return False
+    return drafter.asks_model(most)
 
 
 def _longer(span: Span, drafts: TokenIds, n: int) -> Span:

@@ -341,12 +341,30 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """What a loader hands over. `config`: what it was loaded with, where that is not what was asked for."""
+    """What a loader hands over. `config`: what it was loaded with, where that is not what was asked for.
+
+    `draft`: the engine of the draft model, which has the same vocabulary and can be trimmed.
+    """
 
     engine: Engine
     vocabulary: Vocabulary
     info: ModelInfo
     config: ModelConfig | None = None
+    draft: Engine | None = None
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return (self.engine,) if self.draft is None else (self.draft, self.engine)
+
+    def adopt(self) -> None:
+        """As `Engine.adopt`, of all."""
+        for engine in self.engines:
+            engine.adopt()
+
+    def close(self) -> None:
+        """As `Engine.close`, of all."""
+        for engine in self.engines:
+            engine.close()
 
 
 Loader: TypeAlias = Callable[[ModelConfig], LoadedModel]

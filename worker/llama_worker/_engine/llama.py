@@ -30,6 +30,7 @@ from llama_worker._engine.base import (
     TokenIds,
 )
 from llama_worker._engine.context import AbortSwitch
+from llama_worker._engine.draft import require_draft, require_same_tokens
 from llama_worker._engine.embedding import Embedder, can_embed, check_texts, embedding_limits
 from llama_worker._engine.generator import Generator, require_consistent
 from llama_worker._engine.library import library
@@ -53,13 +54,19 @@ def load(config: ModelConfig) -> LoadedModel:
     path = resolve(config.model)
     info = read_info(path)
     require_consistent(config, info)
+    drafting = require_draft(config, info)
     config = fit_to_memory(info, config)
     vocabulary = LlamaVocabulary(path)
-    try:
+    if drafting is not None:
+        require_same_tokens(config, vocabulary.pieces, LlamaVocabulary(drafting[0]).pieces)
+    with ExitStack() as undone:
+        undone.callback(library().let_team_go)  # this thread's, which computed to probe the memory
         engine = LlamaEngine(config, path, info)
-    finally:
-        library().let_team_go()  # this thread's, which computed to probe the memory
-    return LoadedModel(engine=engine, vocabulary=vocabulary, info=info, config=config)
+        with ExitStack() as failed:
+            failed.callback(engine.close)
+            draft = None if drafting is None else LlamaEngine(config.of_draft or config, *drafting)
+            failed.pop_all()
+    return LoadedModel(engine=engine, vocabulary=vocabulary, info=info, config=config, draft=draft)
 
 
 class LlamaEngine:

@@ -85,16 +85,19 @@ def fake_loader(
 ) -> Loader:
     """A loader for LlamaWorker(…, loader=…). `seen` is called with each engine that is loaded.
 
-    `hybrid` engines cannot trim or share; `embedding` engines cannot generate.
+    `hybrid` engines cannot trim or share; `embedding` engines cannot generate. With a `draft_model` there is a second
+    engine, for which `seen` is called first; it says what follows from the tokens, and has neither faults nor a gate.
     """
 
     def load(config: ModelConfig) -> LoadedModel:
         limits = fake_limits(config, hybrid=hybrid, embedding=embedding)
+        draft = None if config.of_draft is None else FakeEngine(fake_limits(config.of_draft))
         engine = FakeEngine(limits, replies=replies, faults=list(faults), gate=gate or Gate())
         if seen is not None:
-            seen(engine)
+            for each in [engine] if draft is None else [draft, engine]:
+                seen(each)
         info = fake_info(config, hybrid=hybrid, embedding=embedding)
-        return LoadedModel(engine=engine, vocabulary=ByteTokenizer(), info=info)
+        return LoadedModel(engine=engine, vocabulary=ByteTokenizer(), info=info, draft=draft)
 
     return load
 
