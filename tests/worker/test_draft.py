@@ -24,13 +24,15 @@ from llama_worker import (
 from llama_worker._draft import DraftModel
 from llama_worker._engine.base import DecodeStatus, Engine, Floats, LoadedModel, Loader, TokenIds
 from llama_worker._engine.llama import load
+from llama_worker._registry import _key
 from llama_worker._snapshots import metrics_of
 from llama_worker._speculation import FIRST_CHANCE, Drafter, Speculation
 from llama_worker._tokens import TokenBuffer
 from llama_worker.testing import FakeEngine, Fault, fake_limits, fake_loader, fake_worker
-from tests import synth
+from tests import synth, synth_lora
 from tests.worker.test_exactness import WORDS, same
 from tests.worker.test_speculation_exact import Answer, Run, one_too_many
+from tests.worker.waiting import wait_until
 
 MANY = 10_000
 FAKE = {"draft_model": "fake://small", "speculation": "on"}
@@ -52,8 +54,9 @@ def on(engine: str, path: Path, **config: Any) -> Engine:
 def opened(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[..., DraftModel]]:
     drafts: list[DraftModel] = []
 
-    def open_draft(ends: frozenset[int] = frozenset(), **config: Any) -> DraftModel:
-        drafts.append(DraftModel(on(request.param, tiny_llama, **config), ends))
+    def open_draft(ends: frozenset[int] = frozenset(), n_vocab: int = 0, **config: Any) -> DraftModel:
+        engine = on(request.param, tiny_llama, **config)
+        drafts.append(DraftModel(engine, ends, n_vocab or engine.limits.n_vocab))
         return drafts[-1]
 
     yield open_draft
@@ -105,6 +108,14 @@ def test_nothing_is_guessed_behind_an_end(opened: Callable[..., DraftModel]):
     assert draft.guess([(0, text(50))], 6, MANY)[0].tolist() == whole[: end + 1]
 
 
+def test_a_token_that_the_model_does_not_have_is_not_guessed(opened: Callable[..., DraftModel]):
+    whole = alone(opened, text(50), 6)
+    highest = max(whole)
+    at = whole.index(highest)
+    draft = opened(n_vocab=highest)
+    assert draft.guess([(0, text(50))], 6, MANY)[0].tolist() == whole[:at]
+
+
 def test_who_does_not_speak_makes_room(opened: Callable[..., DraftModel]):
     draft = opened(n_ctx=256)
     assert len(draft.guess([(0, text(150))], 2, MANY)[0])
@@ -140,7 +151,7 @@ def test_after_an_aborted_call_it_guesses_rightly(opened: Callable[..., DraftMod
 
 def test_an_engine_that_fails_says_so():
     engine = FakeEngine(fake_limits(ModelConfig(model="fake://small")), faults=[fault(DecodeStatus.COMPUTE_FAILED)])
-    draft = DraftModel(engine, frozenset())
+    draft = DraftModel(engine, frozenset(), engine.limits.n_vocab)
     with pytest.raises(GenerationError, match="draft model returned -3"):
         draft.guess([(0, text(50))], 2, MANY)
     draft.close()
@@ -178,27 +189,47 @@ FREE = [10.0] * 16
 
 def test_it_is_asked_where_rows_are_free_and_not_where_they_cost():
     speaker: Any = Speaker(text(20))
-    assert speculation(*FREE).to_guess([speaker], 100)[0] == [speaker]
-    assert speculation(*[10.0 * rows for rows in range(1, 17)]).to_guess([speaker], 100) == ([], 0)
+    assert speculation(*FREE).to_guess([speaker], 1, 100)[0] == [speaker]
+    assert speculation(*[10.0 * rows for rows in range(1, 17)]).to_guess([speaker], 1, 100) == ([], 0)
 
 
-def test_what_guessing_takes_counts():
+def test_what_guessing_takes_counts_once_it_was_tried_twice():
+    speaker: Any = Speaker(text(20))
+    for ms, pays in ((1.0, True), (9.0, False)):
+        known = speculation(*FREE)
+        for _ in range(2):
+            assert known.to_guess([speaker], 1, 100)[0] == [speaker]
+            known.observe_guess(ms)
+        assert bool(known.to_guess([speaker], 1, 100)[0]) is pays
+
+
+def test_what_did_not_pay_is_tried_again_after_a_while():
     speaker: Any = Speaker(text(20))
     known = speculation(*FREE)
-    asked, n = known.to_guess([speaker], 100)
-    assert asked
-    known.observe_guesses(n, n * 1.0)
-    assert known.to_guess([speaker], 100)[1] > 0
-    dear = speculation(*FREE)
-    dear.observe_guesses(n, n * 9.0)
-    assert dear.to_guess([speaker], 100) == ([], 0)
+    for _ in range(2):
+        known.observe_guess(100.0)
+    n_steps = 0
+    while not known.to_guess([speaker], 1, 100)[0]:
+        known.observe(1, 10.0)
+        n_steps += 1
+    assert 200 < n_steps < 2000
+
+
+def test_a_call_that_reads_a_prompt_says_nothing_of_what_a_token_takes(opened: Callable[..., DraftModel]):
+    draft = opened()
+    times = []
+    for n in (200, 203, 207):
+        draft.guess([(0, text(n))], 2, MANY)
+        times.append(draft.token_ms is not None)
+    assert times == [False, True, True]
 
 
 def test_who_must_be_guessed_is_asked_for_whatever_it_costs():
     speaker: Any = Speaker(text(20), always=True)
     known = speculation(*[10.0 * rows for rows in range(1, 17)])
-    known.observe_guesses(1, 100.0)
-    asked, n = known.to_guess([speaker], 100)
+    for _ in range(2):
+        known.observe_guess(100.0)
+    asked, n = known.to_guess([speaker], 1, 100)
     assert asked == [speaker]
     assert n == speaker.drafter.of_model.n_likely
 
@@ -206,9 +237,19 @@ def test_who_must_be_guessed_is_asked_for_whatever_it_costs():
 def test_a_text_that_repeats_itself_is_not_asked_for_once_that_came_true():
     speaker: Any = Speaker(np.tile(text(10), 4), always=True)
     known = speculation(*FREE)
-    assert known.to_guess([speaker], 100)[0] == []
-    speaker.drafter.of_text.learn(0, refuted=True)
-    assert known.to_guess([speaker], 100)[0] == [speaker]
+    assert known.to_guess([speaker], 1, 100)[0] == []
+    speaker.drafter.of_text.chances[0] = FIRST_CHANCE / 2
+    assert known.to_guess([speaker], 1, 100)[0] == [speaker]
+
+
+def test_a_repetition_is_followed_while_the_model_is_asked():
+    drafter = Drafter(tokens := TokenBuffer(np.tile(text(10), 4)), 200, always=True)
+    drafter.of_text.chances[0] = FIRST_CHANCE / 2
+    drafter.offer(np.array([1, 2, 3], np.int32))
+    assert drafter.propose(8).tolist() == [1, 2, 3]
+    tokens.extend(text(10))
+    drafter.propose(8)
+    assert drafter.of_text.chances[0] > FIRST_CHANCE / 2
 
 
 def test_each_kind_of_guess_learns_from_itself():
@@ -245,7 +286,8 @@ class Erring(FakeEngine):
 
 
 def erring(config: ModelConfig) -> LoadedModel:
-    draft = None if config.of_draft is None else Erring(fake_limits(config.of_draft))
+    own = config.of_draft(4096)
+    draft = None if own is None else Erring(fake_limits(own))
     return replace(fake_loader()(config), draft=draft)
 
 
@@ -283,7 +325,14 @@ def test_a_guess_taken_for_right_changes_what_is_said(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("nth", [1, 2, 9])
 @pytest.mark.parametrize(
-    "how", [DecodeStatus.COMPUTE_FAILED, DecodeStatus.ABORTED, DecodeStatus.KV_FULL, MemoryError("no memory is left")]
+    "how",
+    [
+        DecodeStatus.COMPUTE_FAILED,
+        DecodeStatus.ABORTED,
+        DecodeStatus.KV_FULL,
+        MemoryError("no memory is left"),
+        ValueError("what nobody thought of"),
+    ],
 )
 def test_a_draft_model_that_fails_fails_nobody(how: Any, nth: int):
     def broken(engine: FakeEngine) -> None:
@@ -371,22 +420,34 @@ def test_on_llama_cpp_ids_and_logits_are_those_of_a_run_without(
 # -- how it is opened
 
 
+def with_another_token(model: Path, path: Path) -> Path:
+    """The same file, but that one word of its vocabulary is another."""
+    data = model.read_bytes()
+    word = next(word for word in (b"river", b"stone", b"garden", b"light", b"water") if data.count(word) == 1)
+    path.write_bytes(data.replace(word, word[::-1]))
+    return path
+
+
 @pytest.mark.engine
 def test_a_draft_model_that_cannot_guess_is_refused(
     tiny_llama: Path, tiny_mamba: Path, tiny_bert: Path, tmp_path: Path
 ):
     larger = synth.llama(tmp_path / "larger.gguf", n_vocab=synth.N_VOCAB + 300)
     other = synth.llama(tmp_path / "other.gguf", space_prefix=True)
+    reordered = with_another_token(tiny_llama, tmp_path / "reordered.gguf")
     for draft, how, reason in (
         (tiny_llama, "off", "speculation is 'off'"),
         (tiny_bert, "on", "only embeds"),
         (tiny_mamba, "on", "cannot take tokens back"),
         (larger, "on", "tokens"),
+        (reordered, "on", "its token"),
     ):
         with pytest.raises(ConfigError, match=reason) as refused:
             load(ModelConfig(model=str(tiny_llama), draft_model=draft, speculation=how, n_ctx=256))  # type: ignore[arg-type]
         assert refused.value.field == "draft_model"
-    with pytest.raises(ModelNotFoundError):
+    with pytest.raises(ConfigError, match="tiny-mamba cannot take tokens back"):
+        load(ModelConfig(model=str(tiny_mamba), draft_model=tiny_llama, speculation="on"))
+    with pytest.raises(ModelNotFoundError, match="draft_model="):
         load(ModelConfig(model=str(tiny_llama), draft_model=tmp_path / "no.gguf", speculation="on"))
     assert load(ModelConfig(model=str(tiny_llama), draft_model=other, speculation="on", n_ctx=256)).draft is not None
 
@@ -409,6 +470,65 @@ def test_the_memory_plan_counts_it(tiny_llama: Path):
     config = ModelConfig(model=str(tiny_llama), n_ctx=512, speculation="on", load_mode="none")
     plan, with_draft = plan_memory(config), plan_memory(config.model_copy(update={"draft_model": str(tiny_llama)}))
     assert plan.draft == 0
-    assert plan.weights + plan.kv < with_draft.draft <= plan.weights + plan.kv + plan.compute
-    assert with_draft.total == plan.total + with_draft.draft
-    assert with_draft.needed_ram == plan.needed_ram + with_draft.draft
+    assert with_draft.weights == 2 * plan.weights
+    assert plan.kv < with_draft.draft <= plan.kv + plan.compute
+    assert with_draft.needed_ram == plan.needed_ram + plan.weights + with_draft.draft
+    assert with_draft.total == plan.total + plan.weights + with_draft.draft
+
+
+def test_it_has_the_context_of_the_model():
+    config = ModelConfig(model="m.gguf", draft_model="d.gguf", n_ctx=0, swa_full=False, cache_dir="/tmp/x")
+    own = config.of_draft(n_ctx_train=8192)
+    assert own is not None
+    assert (own.model, own.n_ctx, own.swa_full, own.cache_dir, own.draft_model) == ("d.gguf", 8192, True, None, None)
+
+
+@pytest.mark.engine
+def test_both_loads_are_one_progress(tiny_llama: Path):
+    heard: list[float] = []
+    config = ModelConfig(model=str(tiny_llama), n_ctx=256, n_threads=1)
+    with LlamaWorker(config) as worker:
+        worker.reload(draft_model=str(tiny_llama), speculation="on", progress=heard.append)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
+    assert any(0.4 < fraction < 0.6 for fraction in heard)
+
+
+def test_an_idle_model_goes_with_it_and_comes_back_with_it():
+    engines: list[FakeEngine] = []
+    loader = fake_loader(seen=engines.append)
+    with fake_worker(loader=loader, worker_config=WorkerConfig(keep_alive=0.0), **FAKE) as worker:
+        first = worker.generate("hello", max_tokens=20, ignore_eos=True).text
+        wait_until(lambda: worker.status().state == "unloaded")
+        assert all(engine.closed for engine in engines)
+        n_before = len(engines)
+        assert worker.generate("hello", max_tokens=20, ignore_eos=True).text == first
+    assert len(engines) == n_before + 2
+    assert all(engine.closed for engine in engines)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asked", ["schema", "adapter"])
+def test_with_a_schema_or_an_adapter_the_same_is_said(tiny_llama: Path, tmp_path: Path, asked: str):
+    adapter = synth_lora.lora(tmp_path / "style.gguf", tiny_llama)
+    form = {"type": "json_schema", "json_schema": {"type": "array", "items": {"type": "integer"}, "maxItems": 4}}
+    how: dict[str, Any] = {"schema": {"response_format": form}, "adapter": {"loras": "style"}}[asked]
+    said = []
+    for settings in ({}, {"draft_model": str(tiny_llama), "speculation": "on"}):
+        paths = {"style": str(adapter)}
+        config = ModelConfig(model=str(tiny_llama), n_ctx=512, n_threads=1, lora_paths=paths, **settings)  # type: ignore[arg-type]
+        with LlamaWorker(config) as worker:
+            prompt = [{"role": "user", "content": "count"}]
+            said.append(worker.generate(prompt, max_tokens=40, temperature=0.0, **how).text)
+    assert said[0] == said[1]
+
+
+def test_diagnostics_show_its_name_and_not_where_it_lies():
+    with fake_worker(draft_model="/home/somebody/small.gguf", speculation="on") as worker:
+        assert "somebody" not in str(worker.diagnostics())
+        assert "small.gguf" in str(worker.diagnostics())
+
+
+def test_two_spellings_of_its_path_are_one_worker():
+    given = (ModelConfig(model="m.gguf", draft_model=path) for path in ("d.gguf", "./d.gguf"))
+    assert len({_key(config, WorkerConfig()) for config in given}) == 1

@@ -149,20 +149,14 @@ def test_an_error_of_one_token_is_noticed_with_everything_on(kind: str, mistake:
 
 
 SMALL = {"n_words": 65, "n_agents": 4}
-SINGLE = {"n_words": 130, "n_agents": 4, "n_turns": 2}
-TRIPLES = [
-    replace(NONE, sharing=sharing, ram=ram, preemption=preemption)
-    for sharing, ram, preemption in ((True, True, False), (True, False, True), (False, True, True), (False,) * 3)
-]
-"""Any two of the three are, somewhere, both on, both off, and each on without the other."""
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("on", "size"), [(ALL, SMALL), *[(on, SINGLE) for on in TRIPLES]], ids=str)
-def test_smollm2_answers_as_a_fresh_engine(smollm2_f32: Path, on: Mechanisms, size: dict[str, int], told):
+@pytest.mark.parametrize("on", [on for on in COMBINATIONS if on.matter_to("smollm2") or on == NONE], ids=str)
+def test_smollm2_answers_as_a_fresh_engine(smollm2_f32: Path, on: Mechanisms, told):
     """Its weights as F32; see `test_stress`. It can be cut back, so it makes no checkpoints."""
-    score = told("smollm2", on, path=smollm2_f32, **size)
+    score = told("smollm2", on, path=smollm2_f32, **SMALL)
     assert score.regret <= REGRET
 
 

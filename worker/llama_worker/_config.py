@@ -192,12 +192,15 @@ class ModelConfig(Settings):
     fit: Literal["refuse", "auto"] = "refuse"
     n_ctx_min: Annotated[int, Field(ge=1, le=2**24)] = 512
 
-    @property
-    def of_draft(self) -> ModelConfig | None:
-        """How the draft model is opened: as this model, with nothing that is this one's own. None without one."""
+    def of_draft(self, n_ctx_train: int) -> ModelConfig | None:
+        """How the draft model is opened: as this model, with nothing that is this one's own. None without one.
+
+        `n_ctx_train`: the context that this model was trained for.
+        """
         if self.draft_model is None:
             return None
-        return self.model_copy(update={"model": self.draft_model, **_NOT_THE_DRAFTS})
+        sizes = {"n_ctx": self.n_ctx or n_ctx_train}
+        return self.model_copy(update={"model": self.draft_model, **sizes, **_NOT_THE_DRAFTS})
 
     @field_validator("model", "draft_model", mode="before")
     @classmethod
@@ -220,6 +223,7 @@ class ModelConfig(Settings):
         return distinct(value)
 
 
+# A window that drops cells could not take wrong guesses back, and its states are kept nowhere.
 _NOT_THE_DRAFTS: Final[Mapping[str, Any]] = {
     name: ModelConfig.model_fields[name].default
     for name in (
@@ -231,6 +235,7 @@ _NOT_THE_DRAFTS: Final[Mapping[str, Any]] = {
         "rope_freq_base",
         "rope_freq_scale",
         "speculation",
+        "swa_full",
     )
 } | {"cache_ram": 0}
 

@@ -15,6 +15,7 @@ from functools import partial
 
 from llama_worker._draft import DraftModel
 from llama_worker._engine.base import AbortFlag, DecodeStatus, Span
+from llama_worker._engine_calls import Abandoned
 from llama_worker._errors import ContextOverflowError, GenerationError, LlamaWorkerError, took_too_long
 from llama_worker._events import FinishReason, TokenLogprob
 from llama_worker._generation import Generation
@@ -24,7 +25,7 @@ from llama_worker._logprobs import logprob_of
 from llama_worker._loras import names_of
 from llama_worker._scheduler import Batch
 from llama_worker._service import Loaded, Service
-from llama_worker._tokens import TokenIds, common_prefix
+from llama_worker._tokens import common_prefix
 
 logger = logging.getLogger("llama_worker")
 
@@ -46,7 +47,7 @@ def generate(service: Service, loaded: Loaded, *, newcomers: bool = True) -> Non
         running = len(scheduler.running)
         apply(loaded, scheduler.make_room())
         service.meter.preemptions += running - len(scheduler.running)
-    if loaded.draft is not None and not loaded.draft.has_failed:
+    if loaded.draft is not None:
         _guess(service, loaded, loaded.draft)
     batch = scheduler.plan()
     if batch is None:
@@ -108,31 +109,39 @@ def _fail_stuck(loaded: Loaded) -> None:
 
 
 def _guess(service: Service, loaded: Loaded, draft: DraftModel) -> None:
-    """Have the draft model guess for those for whom that is thought to pay. It fails nobody: then there is no guess."""
-    parts, n = loaded.scheduler.to_guess()
+    """Have the draft model guess for those for whom that is thought to pay. It fails nobody: then it is let go."""
+    scheduler, calls = loaded.scheduler, service.calls
+    parts, n = scheduler.to_guess(draft)
     if not parts:
         return
     texts = [(generation.slot.seq, generation.tokens.view) for generation in parts if generation.slot is not None]
+
+    def next_call() -> None:
+        calls.end()
+        calls.begin(service.clock())
+
     abort = draft.engine.abort_flag
     abort.clear()
     for generation in parts:
         generation.cancel.arm(abort.raise_)
-    started = service.clock()
-    service.calls.begin(started)
-    guesses: list[TokenIds] = []
+    calls.begin(service.clock())
+    failure: Exception | None = None
     try:
-        guesses = draft.guess(texts, n, loaded.scheduler.pace.rows())
-    except (LlamaWorkerError, MemoryError) as exc:
-        draft.has_failed = True
-        logger.warning("the draft model guesses no more: %s", exc)
+        scheduler.guessed(parts, draft.guess(texts, n, scheduler.pace.rows(), next_call), draft.token_ms)
+    except Abandoned:
+        raise
+    except Exception as exc:  # noqa: BLE001  whatever it is: nobody's reply depends on a guess
+        failure = exc
     finally:
         for generation in parts:
             generation.cancel.disarm()
-        service.calls.end()
-    if service.calls.overdue is not None:
-        draft.has_failed = True
-        logger.error("the draft model guesses no more: it took longer than %g s", service.calls.overdue)
-    loaded.scheduler.guessed(parts, guesses, n, (service.clock() - started) * 1000)
+        calls.end()
+    if calls.overdue is not None:
+        failure = took_too_long(calls.overdue)
+    if failure is not None:
+        logger.warning("the draft model guesses no more: %s: %s", type(failure).__name__, failure)
+        loaded.draft = None
+        draft.close()
 
 
 def _decode(service: Service, loaded: Loaded, batch: Batch) -> Batch | None:

@@ -75,7 +75,7 @@ def _limits(limits: EngineLimits) -> dict[str, Any]:
     return {**asdict(limits), "state_mark": limits.state_mark.hex()}
 
 
-_PATHS = ("model", "path", "cache_dir")
+_PATHS = ("model", "path", "cache_dir", "draft_model")
 
 
 def _model(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 It says what it holds most likely, token by token, behind the same text. What comes of a guess is decided as for any
 other (see `_speculation`). Its KV cache is its own: a sequence for each slot, brought up to date when somebody
-speaks there, as many rows at a time as do not keep others waiting.
+speaks there, so many rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 
-from llama_worker._engine.base import DecodeStatus, Engine, Span
+from llama_worker._engine.base import MOST_DRAFTS, DecodeStatus, Engine, Span
 from llama_worker._errors import GenerationError
 from llama_worker._requests import SamplingParams
 from llama_worker._tokens import TokenBuffer, TokenIds, common_prefix
@@ -23,38 +24,62 @@ _PATIENCE: Final = 256
 """Calls for which a text is left out that found no room."""
 
 
-class DraftModel:
-    """Guesses with `engine`, which can be trimmed. `ends`: tokens that end a reply. The worker thread's.
+def _nothing() -> None:
+    pass
 
-    `has_failed`: it is asked no more.
+
+class DraftModel:
+    """Guesses with `engine`, which can be trimmed, for a model of `n_vocab` tokens. The worker thread's.
+
+    `ends`: tokens that end a reply. `token_ms`: what the last call took for a token of everybody's; None when it
+    had more to compute than that.
     """
 
-    def __init__(self, engine: Engine, ends: Collection[int]) -> None:
+    def __init__(
+        self, engine: Engine, ends: Collection[int], n_vocab: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.engine = engine
-        self.has_failed = False
-        self._ends = ends
+        self.token_ms: float | None = None
+        self._ends, self._n_vocab, self._clock = ends, n_vocab, clock
         self._sampler = engine.new_sampler(_GREEDY, _NOTHING)
         self._held = [TokenBuffer() for _ in range(engine.limits.n_seq)]
         self._left_out: dict[int, int] = {}  # sequences without room, and until which call
         self._n_calls = 0
         self._speaking: frozenset[int] = frozenset()
 
-    def guess(self, texts: Sequence[tuple[int, TokenIds]], n: int, most_rows: int) -> list[TokenIds]:
+    def can_guess(self, seq: int, n_tokens: int) -> bool:
+        """Whether a text of so many tokens fits, and its sequence found room lately."""
+        return n_tokens < self.engine.limits.n_ctx and self._left_out.get(seq, 0) <= self._n_calls
+
+    def guess(
+        self,
+        texts: Sequence[tuple[int, TokenIds]],
+        n: int,
+        most_rows: int,
+        between: Callable[[], None] = _nothing,
+    ) -> list[TokenIds]:
         """What may follow each of `texts`, which are sequences with all their tokens: `n` tokens, less at an end.
 
         Blocks. Where more than `most_rows` rows of all texts are new, as many are computed now, and there is no guess
-        for who is not up to date; nor for who finds no room, and in a call that is aborted. Raises GenerationError
-        when the engine fails.
+        for who is not up to date; nor for who finds no room, and in a call that is aborted. `between` is called
+        before each decode but the first. Raises GenerationError when the engine fails.
         """
         self._n_calls += 1
         self._speaking = frozenset(seq for seq, _ in texts)
         guesses: list[list[int]] = [[] for _ in texts]
-        rows = self._decoded(self._missing(texts, min(most_rows, self.engine.limits.n_ubatch)))
+        missing = self._missing(texts, min(most_rows, self.engine.limits.n_ubatch))
+        began = self._clock()
+        rows = self._decoded(missing)
         while rows:
-            for i, row in rows.items():
-                guesses[i].append(self.engine.sample(row, self._sampler))
-            going = [i for i in rows if len(guesses[i]) < n and guesses[i][-1] not in self._ends]
+            said = {i: self.engine.sample(row, self._sampler) for i, row in rows.items()}
+            known = {i: token for i, token in said.items() if token < self._n_vocab}
+            for i, token in known.items():
+                guesses[i].append(token)
+            going = [i for i, token in known.items() if len(guesses[i]) < n and token not in self._ends]
+            if going:
+                between()
             rows = self._decoded({i: self._next(texts[i][0], guesses[i][-1]) for i in going})
+        self._note(missing, max(map(len, guesses), default=0), (self._clock() - began) * 1000)
         return [np.array(guess, np.int32) for guess in guesses]
 
     def close(self) -> None:
@@ -62,21 +87,22 @@ class DraftModel:
         self._sampler.close()
         self.engine.close()
 
+    def _note(self, missing: Mapping[int, Span], n: int, milliseconds: float) -> None:
+        is_usual = n and all(len(span.tokens) <= 1 + MOST_DRAFTS for span in missing.values())
+        self.token_ms = milliseconds / n if is_usual else None
+
     def _missing(self, texts: Sequence[tuple[int, TokenIds]], room: int) -> dict[int, Span]:
         """By the place in `texts`, what is not computed yet, as far as there is room."""
         spans = {}
         for i, (seq, tokens) in enumerate(texts):
+            if not self.can_guess(seq, len(tokens)):
+                continue
             start = self._go_back(seq, tokens)
             part = tokens[start : start + room]
-            if len(part) and self._can_hold(seq, tokens, part):
+            if len(part) and int(part.max()) < self.engine.limits.n_vocab:
                 spans[i] = Span(seq, start, part, start + len(part) == len(tokens))
                 room -= len(part)
         return spans
-
-    def _can_hold(self, seq: int, tokens: TokenIds, part: TokenIds) -> bool:
-        limits = self.engine.limits
-        is_in = self._left_out.get(seq, 0) < self._n_calls
-        return is_in and len(tokens) < limits.n_ctx and int(part.max()) < limits.n_vocab
 
     def _go_back(self, seq: int, tokens: TokenIds) -> int:
         """Keep what `tokens` begin with, all but the last; its length."""
@@ -123,9 +149,10 @@ class DraftModel:
             self._left_out[longest] = self._n_calls + _PATIENCE
             self._forget(longest)
             return
-        for span in spans.values():
-            if status is not DecodeStatus.ABORTED or not self.engine.seq_trim(span.seq, span.start):
-                self._forget(span.seq)
+        for seq, start, *_ in spans.values():
+            is_there = status is DecodeStatus.ABORTED and self.engine.seq_end(seq) >= start
+            if not is_there or not self.engine.seq_trim(seq, start):
+                self._forget(seq)
         if status is not DecodeStatus.ABORTED:
             raise GenerationError(f"llama_decode of the draft model returned {int(status)} ({status.name.lower()})")
 

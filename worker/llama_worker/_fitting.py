@@ -58,7 +58,9 @@ def plan_of_serving(info: ModelInfo, config: ModelConfig, loras: Iterable[LoraIn
         alone = plan_of_serving(info, config.model_copy(update={"lora_paths": ()}))
         return alone if alone is None or alone.needed_device else _with_loras(alone, loras)
     except ModelLoadError:
-        return None
+        if config.draft_model is None:
+            return None
+        return plan_of_serving(info, config.model_copy(update={"draft_model": None}), loras)
 
 
 def _with_loras(alone: MemoryPlan, loras: Iterable[LoraInfo]) -> MemoryPlan:

@@ -4,7 +4,7 @@
     KV cache     cells x layers x heads, and the states of recurrent layers; exact
     compute      one graph's buffers, the rows of logits, the vocabulary's tables; estimated on the high side
     adapters     the bytes of all tensors of the LoRA adapters that are loaded with it; exact
-    draft        weights, KV cache and buffers of the draft model
+    draft        KV cache and buffers of the draft model; its weights are among the weights
     embedding    KV cache, buffers and output rows of the context that embeds texts, made at its first use
     saved        states that are kept in RAM, as they come: `cache_ram` at most
 
@@ -27,7 +27,7 @@ from llama_worker._engine.embedding import can_embed, embedding_limits
 from llama_worker._engine.header import Header
 from llama_worker._engine.lora_file import lora_header
 from llama_worker._free_memory import FreeMemory, free_memory
-from llama_worker._models import ENCODERS, ModelFile, read_model, resolve
+from llama_worker._models import ENCODERS, ModelFile, draft_path, read_model, resolve
 
 # Type -> bytes of one block and elements in it.
 _BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
@@ -117,7 +117,7 @@ def described(path: Path, config: ModelConfig) -> ModelFile:
     Raises what `read_model` raises, and LoraLoadError.
     """
     paths = dict.fromkeys(path for _, path in config.lora_paths)  # two names of one file share what is loaded
-    draft = None if config.draft_model is None else read_model(resolve(config.draft_model))
+    draft = None if config.draft_model is None else read_model(draft_path(config.draft_model))
     return replace(read_model(path), loras=tuple(map(lora_header, paths)), draft=draft)
 
 
@@ -127,15 +127,15 @@ def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPla
     n_devices, free_device = free.spread(config)
     n_offloaded = offloaded_layers(file.info, config) if n_devices else 0
     needed_ram, needed_device = parts.placed(config, n_offloaded, n_devices)
-    draft = None if file.draft is None else planned(file.draft, config.of_draft or config, free)
+    draft = None if file.draft is None else _planned_draft(file.draft, file.info, config, free)
     if draft is not None:
         needed_ram, needed_device = needed_ram + draft.needed_ram, needed_device + draft.needed_device
     memory = MemoryPlan(
-        weights=parts.weights,
+        weights=parts.weights + (0 if draft is None else draft.weights),
         kv=sum(parts.kv_layers),
         compute=parts.compute,
         loras=parts.loras,
-        draft=0 if draft is None else draft.weights + draft.kv + draft.compute,
+        draft=0 if draft is None else draft.kv + draft.compute,
         embedding=parts.embedding,
         saved=config.cache_ram << 20 if parts.kv_layers else 0,
         free_ram=free.ram,
@@ -147,6 +147,11 @@ def planned(file: ModelFile, config: ModelConfig, free: FreeMemory) -> MemoryPla
         verdict="",
     )
     return replace(memory, verdict=_verdict(memory, config))
+
+
+def _planned_draft(draft: ModelFile, info: ModelInfo, config: ModelConfig, free: FreeMemory) -> MemoryPlan | None:
+    own = config.of_draft(info.n_ctx_train)
+    return None if own is None else planned(draft, own, free)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,14 @@ def resolve(model: str) -> Path:
     raise ModelNotFoundError(f"model={model!r}: unknown scheme {scheme!r}; give a path to a GGUF file, or demo://NAME")
 
 
+def draft_path(model: str) -> Path:
+    """As `resolve`, of a `draft_model`, which the errors name."""
+    try:
+        return resolve(model)
+    except ModelLoadError as error:
+        raise type(error)(f"draft_model={model!r}: {error}") from error
+
+
 def inspect_model(model: str) -> ModelInfo:
     """What the header of `model` says, without loading it. Takes milliseconds; any thread.
 

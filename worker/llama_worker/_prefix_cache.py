@@ -180,6 +180,7 @@ class PrefixCache:
     def keep_saved(self, op: Save, state: SavedState) -> None:
         """`op` was carried out: `state` is what it asked for."""
         self.tier.put(Entry(op.tokens, state, op.checkpoints, self._books.now, op.kv, op.continued))
+        self.slots[op.seq].saved_at = op.last_used
 
     def lost(self, seq: int) -> None:
         """The engine could not restore `seq`: it is empty."""
@@ -348,12 +349,11 @@ class PrefixCache:
         continued = None if certainly else slot.continued
         if n_lost < WORTH_SAVING or not self.tier.wants(tokens, slot.kv) or self._books.is_held_twice(slot):
             return ()
-        if not slot.busy and slot.saved_at == slot.last_used:  # what is left of what was saved
-            return ()
+        if not (self.reach.can_trim_restored or slot.busy) and slot.saved_at == slot.last_used:
+            return ()  # what is left of what was saved, which does not lead to it
         if continued is not None and not self.tier.thrift.pays(continued=continued):
             return ()
-        slot.saved_at = slot.last_used
-        return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints), slot.kv, continued),)
+        return (Save(slot.seq, tokens.copy(), tuple(slot.checkpoints), slot.kv, continued, slot.last_used),)
 
 
 def _going_on(tokens: TokenIds) -> TokenIds:

@@ -104,8 +104,10 @@ class RamTier:
 
     def find(self, prompt: TokenIds, kv: KVIdentity = BASE) -> tuple[Entry | None, int]:
         """The entry of `kv` that leads to the longest beginning of `prompt`, and its length: at most all but one."""
-        best, longest = None, 0
-        for entry in [entry for entry in self.entries if entry.kv == kv]:
+        best, longest, most = None, 0, len(prompt) - 1
+        for entry in self.entries:
+            if longest >= min(entry.n, most) or entry.tokens[longest] != prompt[longest] or entry.kv != kv:
+                continue  # most are told apart by one token: there may be hundreds
             length = self.leads_to(entry, prompt)
             if length > longest:
                 best, longest = entry, length

@@ -182,11 +182,12 @@ def _check_restart(place: Place, death: WorkerDied | ModelLoadError, model: str)
 
 def _key(config: ModelConfig, worker_config: WorkerConfig) -> _Key:
     """Two spellings of one path are one model."""
-    if "://" in config.model:
-        return config, worker_config
+    given = {"model": config.model, "draft_model": config.draft_model}
     # No look at the file system: this is called on event loops, at every request of an adapter.
-    path = os.path.abspath(os.path.expanduser(config.model))
-    return config.model_copy(update={"model": path}), worker_config
+    paths = {
+        name: os.path.abspath(os.path.expanduser(path)) for name, path in given.items() if path and "://" not in path
+    }
+    return config.model_copy(update=paths) if paths else config, worker_config
 
 
 if hasattr(os, "register_at_fork"):

@@ -114,7 +114,7 @@ def adopt(service: Service, loading: Loading) -> None:
     speculation = Speculation.of(limits, view.config.speculation)
     scheduler = Scheduler(limits, Pace(service.step_budget_ms), view.config.cache_ram << 20, speculation)
     disk = open_disk(service, view, scheduler)
-    draft = None if model.draft is None else DraftModel(model.draft, view.vocabulary.end_tokens)
+    draft = None if model.draft is None else DraftModel(model.draft, view.vocabulary.end_tokens, limits.n_vocab)
     service.loaded = Loaded(model.engine, view, scheduler, EmbedQueue(limits), disk=disk, draft=draft)
     service.abort = service.loaded.abort
     service.config = loading.config  # what was asked for: the next load may find more memory free

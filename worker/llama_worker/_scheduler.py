@@ -22,6 +22,7 @@ from itertools import count
 
 from llama_worker._commands import Generate
 from llama_worker._disk_tier import DiskTier
+from llama_worker._draft import DraftModel
 from llama_worker._engine.base import EngineLimits, Span, Vocabulary
 from llama_worker._foresight import ReplyLengths, most_cells
 from llama_worker._generation import Generation
@@ -210,22 +211,23 @@ class Scheduler:
             n_drafts = sum([len(span.tokens) for span in spans]) - n_rows
         return Batch(spans, tuple([g for g, _ in parts]), n_rows + n_drafts, n_drafts)
 
-    def to_guess(self) -> tuple[list[Generation], int]:
-        """For whom the draft model should guess before the next step, and how many tokens; for nobody in a step that
-        computes somebody's prompt."""
+    def to_guess(self, draft: DraftModel) -> tuple[list[Generation], int]:
+        """For whom `draft` should guess before the next step, and how many tokens; for nobody in a step that computes
+        somebody's prompt."""
         members = list(self.turns.members(self.running))
         if self.speculation is None or not all(g.is_decoding for g in members):
             return [], 0
         room = min(self._limits.n_batch, self.cache.cells.free) - len(members)
-        return self.speculation.to_guess(members, room)
+        able = [g for g in members if g.slot is not None and draft.can_guess(g.slot.seq, g.tokens.n)]
+        return self.speculation.to_guess(able, len(members), room)
 
-    def guessed(self, parts: Sequence[Generation], guesses: Sequence[TokenIds], n: int, milliseconds: float) -> None:
-        """The draft model took so long to guess, for those of `parts` who were up to date, `n` tokens for each."""
-        for generation, guess in zip(parts, guesses, strict=False):
+    def guessed(self, parts: Sequence[Generation], guesses: Sequence[TokenIds], token_ms: float | None) -> None:
+        """What the draft model guesses for each of `parts`; `token_ms`: see DraftModel."""
+        for generation, guess in zip(parts, guesses, strict=True):
             if generation.drafter is not None and len(guess):
                 generation.drafter.offer(guess)
-        if self.speculation is not None and guesses and all(map(len, guesses)):
-            self.speculation.observe_guesses(n, milliseconds)
+        if self.speculation is not None and token_ms is not None:
+            self.speculation.observe_guess(token_ms)
 
     def commit(self, batch: Batch) -> list[tuple[int, Generation]]:
         """The rows of `batch` are decoded. Returns (row, generation) for those that can be sampled now.

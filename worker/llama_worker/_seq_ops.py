@@ -53,7 +53,8 @@ class Restore:
 class Save:
     """Keep what `seq` holds, these `tokens` with their `checkpoints`, before it is gone. It may fail.
 
-    `continued`: whether a prompt had taken the sequence over before; None when it is sure to come back.
+    `continued`: whether a prompt had taken the sequence over before; None when it is sure to come back. `last_used`:
+    its slot's, when this was decided.
     """
 
     seq: int
@@ -61,6 +62,7 @@ class Save:
     checkpoints: tuple[Checkpoint, ...]
     kv: KVIdentity
     continued: bool | None = None
+    last_used: int = 0
 
 
 KVOp: TypeAlias = Clear | Trim | Share | Restore | Save

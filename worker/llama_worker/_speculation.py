@@ -56,6 +56,7 @@ _RISE: Final = 0.1  # weight of a step that took longer than known; a shorter on
 _TRIALS: Final = 2  # the first step of a new size makes llama.cpp build its graph
 _PATIENCE: Final = 256  # steps after which a size is tried again, doubled each time
 _MOST_PATIENCE: Final = 1 << 16
+_GUESS: Final = 0  # no step has so few rows: in `Costs`, a token of the draft model
 _LOOK: Final = 16  # steps between two looks at whether drafts could pay
 
 
@@ -81,6 +82,10 @@ class Costs:
     def known(self, rows: int) -> float | None:
         """What it took, lately or long ago; None when it was not tried often enough."""
         return self._ms[rows] if self._seen[rows] >= _TRIALS else None
+
+    def fresh(self, rows: int) -> float | None:
+        """What it took; None when it was not tried often enough, or so long ago that it should be tried again."""
+        return self._ms[rows] if self._is_fresh(rows) else None
 
     def expected(self, rows: int, n: int, base: float) -> float:
         """What `rows` rows will take, where `n` take `base`.
@@ -123,19 +128,45 @@ def how_many(n: int, chances: Sequence[float], base: float, cost: Callable[[int]
 
 
 class Luck:
-    """How guesses of one kind fared: `chances[k]` is how often the first k+1 tokens of one were all right."""
+    """How guesses of one kind fare for one reply: `chances[k]` is how often the first k+1 tokens were all right.
 
-    __slots__ = ("chances",)
+    One guess at a time is followed: until it is refuted, or as far as it goes; one that was not drafted as far as a
+    first trial would go.
+    """
+
+    __slots__ = ("_at", "_drafted", "_guess", "chances")
 
     def __init__(self) -> None:
         self.chances = [FIRST_CHANCE ** (k + 1) for k in range(MOST_DRAFTS)]
+        self._guess: TokenIds = NOTHING
+        self._at = 0
+        self._drafted = False
 
     @property
     def n_likely(self) -> int:
         """How many drafts are worth a row where rows cost nothing; at least one."""
         return max(1, sum(chance >= LIKELY for chance in self.chances))
 
-    def learn(self, right: int, *, refuted: bool) -> None:
+    @property
+    def is_following(self) -> bool:
+        return bool(len(self._guess))
+
+    def follow(self, guess: TokenIds, at: int, *, drafted: bool) -> None:
+        """`guess` is of what comes behind the first `at` tokens."""
+        self._guess, self._at, self._drafted = guess, at, drafted
+
+    def look_back(self, tokens: TokenBuffer) -> None:
+        """Learn from the guess that is followed, if it is known how far it came true."""
+        if not self.is_following:
+            return
+        came = tokens.part(self._at, tokens.n)
+        right = common_prefix(came, self._guess)
+        refuted = right < min(len(came), len(self._guess))
+        if refuted or (len(came) and self._drafted) or right >= min(len(self._guess), FIRST_TRIAL):
+            self._learn(right, refuted=refuted)
+            self._guess = NOTHING
+
+    def _learn(self, right: int, *, refuted: bool) -> None:
         for k in range(MOST_DRAFTS if refuted else right):
             self.chances[k] += _MEMORY * ((k < right) - self.chances[k])
 
@@ -145,37 +176,20 @@ class Drafter:
 
     `always`: its drafts need not pay. Guesses are what the text says where it repeats itself, or the draft model's,
     whichever came true more often; `luck` is that of those that were proposed last. A repetition that was not drafted
-    is followed all the same, as far as a first trial would go.
+    is followed all the same.
     """
 
-    __slots__ = (
-        "_at",
-        "_drafted",
-        "_followed",
-        "_guess",
-        "_index",
-        "_most",
-        "_offer",
-        "_offered_at",
-        "_tokens",
-        "always",
-        "luck",
-        "of_model",
-        "of_text",
-    )
+    __slots__ = ("_index", "_most", "_offer", "_offered_at", "_tokens", "always", "luck", "of_model", "of_text")
 
     def __init__(self, tokens: TokenBuffer, most: int, *, always: bool) -> None:
         self.always = always
-        self.luck = self.of_text = self._followed = Luck()
-        self.of_model = Luck()
-        self._offer: TokenIds = NOTHING
-        self._offered_at = 0
+        self.of_text, self.of_model = Luck(), Luck()
+        self.luck = self.of_text
         self._tokens = tokens
         self._most = most
         self._index: NgramIndex | None = None  # made when first asked
-        self._guess: TokenIds = NOTHING
-        self._at = 0
-        self._drafted = False
+        self._offer: TokenIds = NOTHING
+        self._offered_at = 0
 
     @property
     def chances(self) -> list[float]:
@@ -188,12 +202,10 @@ class Drafter:
     def propose(self, most: int) -> TokenIds:
         """At most `most` tokens that may come next. Asked again with nothing new, it answers the same."""
         repeated = self._repeated(most)
-        if len(self._offer) and self._offered_at == self._tokens.n and self._prefers_model(repeated):
+        if self._offered_at == self._tokens.n and len(self._offer) and self._prefers_model(repeated):
             self.luck = self.of_model
             return self._offer[:most]
         self.luck = self.of_text
-        if not len(self._guess) and len(repeated):
-            self._follow(repeated, drafted=False)
         return repeated
 
     def asks_model(self, most: int) -> bool:
@@ -206,30 +218,20 @@ class Drafter:
 
     def drafts(self, guess: TokenIds) -> None:
         """`guess`, proposed just now, is decoded, or the first of it."""
-        self._follow(guess, drafted=True)
+        self.luck.follow(guess, self._tokens.n, drafted=True)
 
     def _repeated(self, most: int) -> TokenIds:
-        if len(self._guess):
-            self._look_back()
+        self.of_text.look_back(self._tokens)
+        self.of_model.look_back(self._tokens)
         if self._index is None:
             self._index = NgramIndex(self._tokens, self._most)
-        return self._index.propose(most)
+        guess = self._index.propose(most)
+        if len(guess) and not self.of_text.is_following:
+            self.of_text.follow(guess, self._tokens.n, drafted=False)
+        return guess
 
     def _prefers_model(self, repeated: TokenIds) -> bool:
         return not len(repeated) or self.of_text.chances[0] < self.of_model.chances[0]
-
-    def _follow(self, guess: TokenIds, *, drafted: bool) -> None:
-        self._guess, self._at, self._drafted = guess, self._tokens.n, drafted
-        self._followed = self.luck
-
-    def _look_back(self) -> None:
-        """Learn from the guess that is followed, if it is known how far it came true."""
-        came = self._tokens.part(self._at, self._tokens.n)
-        right = common_prefix(came, self._guess)
-        refuted = right < min(len(came), len(self._guess))
-        if refuted or (len(came) and self._drafted) or right >= min(len(self._guess), FIRST_TRIAL):
-            self._followed.learn(right, refuted=refuted)
-            self._guess = NOTHING
 
 
 class Speculation:
@@ -237,7 +239,6 @@ class Speculation:
 
     def __init__(self, limits: EngineLimits, *, always: bool = False) -> None:
         self._always = always
-        self._guess_ms = 0.0  # of the draft model, for a token of everybody's; unknown is believed to be free
         self._n_outputs = limits.n_outputs
         self.costs = Costs(limits.n_outputs)
         self._looked: dict[int, tuple[int, float | None]] = {}  # by rows: until which step it holds, and what
@@ -264,14 +265,15 @@ class Speculation:
         if rows <= self._n_outputs:
             self.costs.observe(rows, milliseconds)
 
-    def observe_guesses(self, n: int, milliseconds: float) -> None:
-        """The draft model took so long to guess `n` tokens for everybody who was up to date."""
-        each = milliseconds / n
-        self._guess_ms += _RISE * (each - self._guess_ms) if self._guess_ms else each
+    def observe_guess(self, milliseconds: float) -> None:
+        """The draft model took so long for a token of everybody's."""
+        self.costs.observe(_GUESS, milliseconds)
 
-    def to_guess(self, parts: Sequence[Generation], room: int) -> tuple[list[Generation], int]:
-        """Of `parts`, who decode, those for whom the draft model should guess, and how many tokens for each."""
-        n = len(parts)
+    def to_guess(self, parts: Sequence[Generation], n: int, room: int) -> tuple[list[Generation], int]:
+        """Of `parts`, some of `n` who decode, those for whom the draft model should guess, and how many tokens each.
+
+        There is room for so many more rows.
+        """
         most = min(room, self._n_outputs - n, MOST_DRAFTS) // max(n, 1)
         base = self._base(n) if most > 0 else None
         asked = [g for g in parts if _asks_model(g, most, hopeful=base is not None)] if most > 0 else []
@@ -283,10 +285,10 @@ class Speculation:
 
     def _paid(self, lucks: Sequence[Luck], n: int, base: float, most: int) -> int:
         """How many guesses for each of `lucks` give most tokens for the time that guessing and decoding them takes."""
-        best, chosen = MARGIN * n / base, 0
+        best, chosen, guess_ms = MARGIN * n / base, 0, self.costs.fresh(_GUESS) or 0.0
         for count in [size for size in SIZES if size <= most]:
             tokens = n + sum(sum(luck.chances[:count]) for luck in lucks)
-            took = self.costs.expected(n + count * len(lucks), n, base) + count * self._guess_ms
+            took = self.costs.expected(n + count * len(lucks), n, base) + count * guess_ms
             if tokens / took > best:
                 best, chosen = tokens / took, count
         return chosen

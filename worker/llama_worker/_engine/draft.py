@@ -9,7 +9,7 @@ from typing import Final
 from llama_worker._config import ModelConfig
 from llama_worker._engine.base import ModelInfo
 from llama_worker._errors import ConfigError
-from llama_worker._models import read_info, resolve
+from llama_worker._models import draft_path, read_info
 
 MOST_MISSING: Final = 128
 """Tokens by which vocabularies may differ in size: models of one family pad theirs otherwise. As llama.cpp has it."""
@@ -24,12 +24,15 @@ def require_draft(config: ModelConfig, info: ModelInfo) -> tuple[Path, ModelInfo
         return None
     if config.speculation == "off":
         raise _refused(config, "speculation is 'off', so nothing is guessed; use 'auto' or 'on', or leave it out")
-    path = resolve(config.draft_model)
+    path = draft_path(config.draft_model)
     draft = read_info(path)
-    if info.is_embedding or draft.is_embedding:
-        raise _refused(config, f"{(info if info.is_embedding else draft).name} only embeds")
-    if draft.is_recurrent or draft.is_hybrid:
-        raise _refused(config, f"{draft.name} cannot take tokens back, which wrong guesses need; use another")
+    for each in (info, draft):
+        if each.is_embedding:
+            raise _refused(config, f"{each.name} only embeds")
+        if each.is_recurrent or each.is_hybrid:
+            raise _refused(config, f"{each.name} cannot take tokens back, which wrong guesses need")
+    if info.n_swa and not config.swa_full:
+        raise _refused(config, f"with swa_full=False {info.name} cannot take tokens back, which wrong guesses need")
     if abs(draft.n_vocab - info.n_vocab) > MOST_MISSING:
         raise _refused(config, f"it has {draft.n_vocab} tokens, {info.name} {info.n_vocab}; use one of the same family")
     return path, draft

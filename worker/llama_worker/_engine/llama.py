@@ -35,6 +35,7 @@ from llama_worker._engine.embedding import Embedder, can_embed, check_texts, emb
 from llama_worker._engine.generator import Generator, require_consistent
 from llama_worker._engine.library import library
 from llama_worker._engine.loras import Loras, most_loras
+from llama_worker._engine.progress import Share, current_progress, watched_by
 from llama_worker._engine.sampler import LlamaSampler
 from llama_worker._engine.vocabulary import LlamaVocabulary
 from llama_worker._engine.weights import load_weights, require_supported
@@ -59,14 +60,29 @@ def load(config: ModelConfig) -> LoadedModel:
     vocabulary = LlamaVocabulary(path)
     if drafting is not None:
         require_same_tokens(config, vocabulary.pieces, LlamaVocabulary(drafting[0]).pieces)
-    with ExitStack() as undone:
-        undone.callback(library().let_team_go)  # this thread's, which computed to probe the memory
-        engine = LlamaEngine(config, path, info)
-        with ExitStack() as failed:
-            failed.callback(engine.close)
-            draft = None if drafting is None else LlamaEngine(config.of_draft or config, *drafting)
-            failed.pop_all()
+    try:
+        engine, draft = _opened(config, (path, info), drafting)
+    finally:
+        library().let_team_go()  # this thread's, which computed to probe the memory
     return LoadedModel(engine=engine, vocabulary=vocabulary, info=info, config=config, draft=draft)
+
+
+def _opened(
+    config: ModelConfig, model: tuple[Path, ModelInfo], drafting: tuple[Path, ModelInfo] | None
+) -> tuple[LlamaEngine, LlamaEngine | None]:
+    """The engine of the model, and that of its draft model, if there is one: both, or none."""
+    own = config.of_draft(model[1].n_ctx_train)
+    if drafting is None or own is None:
+        return LlamaEngine(config, *model), None
+    whole, part = current_progress(), model[1].size / (model[1].size + drafting[1].size)
+    with ExitStack() as undone:
+        with watched_by(Share(whole, 0.0, part)):
+            engine = LlamaEngine(config, *model)
+        undone.callback(engine.close)
+        with watched_by(Share(whole, part, 1.0)):
+            draft = LlamaEngine(own, *drafting)
+        undone.pop_all()
+    return engine, draft
 
 
 class LlamaEngine:

@@ -43,6 +43,17 @@ class LoadProgress:
         return not self._cancelled
 
 
+class Share(LoadProgress):
+    """A part of a `whole` load, from one fraction of it to another."""
+
+    def __init__(self, whole: LoadProgress, first: float, last: float) -> None:
+        super().__init__()
+        self._whole, self._first, self._last = whole, first, last
+
+    def tell(self, fraction: float) -> bool:
+        return self._whole.tell(self._first + (self._last - self._first) * fraction)
+
+
 _current: ContextVar[LoadProgress | None] = ContextVar("llama_worker_load_progress", default=None)
 
 

@@ -91,7 +91,8 @@ def fake_loader(
 
     def load(config: ModelConfig) -> LoadedModel:
         limits = fake_limits(config, hybrid=hybrid, embedding=embedding)
-        draft = None if config.of_draft is None else FakeEngine(fake_limits(config.of_draft))
+        own = config.of_draft(n_ctx_train=4096)
+        draft = None if own is None else FakeEngine(fake_limits(own))
         engine = FakeEngine(limits, replies=replies, faults=list(faults), gate=gate or Gate())
         if seen is not None:
             for each in [engine] if draft is None else [draft, engine]:
