@@ -200,7 +200,8 @@ class Scheduler:
         if prefilling:
             room -= len(parts)
             somebody_speaks = any(g.tokens.n > g.n_prompt for g in self.running)
-            parts += _chunks(prefilling, min(room, self.pace.rows() if somebody_speaks else self._limits.n_ubatch))
+            rows = min(room, self.pace.rows() if somebody_speaks else self._limits.n_ubatch)
+            parts += _chunks(prefilling, rows, cuts=self.cache.checkpoints.has_room)
         if not parts:
             return None
         spans = tuple([_span(g, n) for g, n in parts])
@@ -364,10 +365,11 @@ class Scheduler:
         return max(1, sum(g.is_decoding for g in self.running)) if self.running else 0
 
 
-def _chunks(prefilling: list[Generation], budget: int) -> list[tuple[Generation, int]]:
+def _chunks(prefilling: list[Generation], budget: int, *, cuts: bool) -> list[tuple[Generation, int]]:
+    """`cuts`: prompts are cut where a checkpoint may be taken."""
     chunks = []
     for generation in sorted(prefilling, key=_urgency):
-        n = min(generation.n_ahead, budget)
+        n = min(generation.n_ahead if cuts else generation.n_left, budget)
         if n <= 0:
             break
         chunks.append((generation, n))
