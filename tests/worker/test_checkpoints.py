@@ -215,7 +215,7 @@ def test_a_prompt_asked_again_is_not_computed_again(checkpointed: str, opened):
 
 
 def test_without_a_budget_nothing_is_saved_and_all_is_right(checkpointed: str, opened):
-    run, cold = opened(checkpointed, cache_ram=0), opened(checkpointed)
+    run, cold = opened(checkpointed, cache_ram=0), opened(checkpointed, cache_ram=0)
     turn = second_turn(run.answer(first_turn()).text)
     usage = run.answer(turn).terminal.usage
     cold.answer(turn)
